@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS', 'SOFTEN', 'Pairs', 'partner_ranges', 'propose_uniform', 'propose_log_uniform', 'PairSource',
            'pair_channels', 'InputConfig', 'PairInputs', 'PairConfig', 'PairBatches']
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #430a9285
+# %% ../../nbs/deadlayer/13_prep.ipynb #e4543728
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -19,7 +19,7 @@ from torch import nn
 from ..core import ConfigError, DataError, NotFittedError, default_device, torch_rng
 from .data import Spectra
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #bb681ff6
+# %% ../../nbs/deadlayer/13_prep.ipynb #8ed03aa9
 class Pairs(NamedTuple):
     "A batch of pairs of spectra; every field is a tensor of length n, or (n, bins) for the counts."
     counts1: torch.Tensor  # (n, bins) counts, in units of the measurement's exposure
@@ -28,7 +28,7 @@ class Pairs(NamedTuple):
     index2: torch.Tensor  # (n,) row in the second set
     labels: torch.Tensor  # (n, 4) FCCD1 [mm], FCCD2 [mm], DLF1, DLF2
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #658982d3
+# %% ../../nbs/deadlayer/13_prep.ipynb #57b86f40
 def partner_ranges(
     fccd1: torch.Tensor,  # (n1,) sorted, mm
     fccd2: torch.Tensor,  # (n2,) sorted, mm
@@ -53,7 +53,7 @@ def propose_uniform(
     before = torch.where(i > 0, total[(i - 1).clamp(min=0)], 0)
     return i, low[i] + number - before
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #1223ccfd
+# %% ../../nbs/deadlayer/13_prep.ipynb #eac277b4
 def propose_log_uniform(
     fccd1: torch.Tensor,  # (n1,) sorted, mm
     fccd2: torch.Tensor,  # (n2,) sorted, mm
@@ -73,7 +73,7 @@ def propose_log_uniform(
     left = (right - 1).clamp(min=0)
     return i, torch.where((fccd2[left] - goal).abs() < (fccd2[right] - goal).abs(), left, right)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #a2b46806
+# %% ../../nbs/deadlayer/13_prep.ipynb #28e6c2e7
 class PairSource:
     """Pairs of one spectrum of `first` and one of `second`, drawn as whole batches on `device`.
 
@@ -140,7 +140,7 @@ class PairSource:
         labels = torch.cat([self.labels1[i], self.labels2[j]], 1)[:, [0, 2, 1, 3]]
         return Pairs(a, b, self.rows1[i], self.rows2[j], labels)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #6cd67dbb
+# %% ../../nbs/deadlayer/13_prep.ipynb #b950969c
 def _sorted_by_fccd(spectra, device):
     "Rows in FCCD order, expected counts of the measurement's exposure (n, bins), labels (n, 2)."
     if len(spectra) == 0:
@@ -153,7 +153,7 @@ def _sorted_by_fccd(spectra, device):
     labels = torch.as_tensor(np.stack([spectra.fccd_in_mm, spectra.dlf], 1)[rows], device=device)
     return torch.as_tensor(rows, device=device), mean, labels
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #501f6e44
+# %% ../../nbs/deadlayer/13_prep.ipynb #d93640d5
 CHANNELS = ("difference", "pull", "log_difference", "ratio", "level")
 SOFTEN = 4.0
 
@@ -174,7 +174,7 @@ def pair_channels(
     }
     return torch.stack([made[c]() for c in channels], 1)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #601d067c
+# %% ../../nbs/deadlayer/13_prep.ipynb #494857bf
 @dataclass
 class InputConfig:
     "What the network sees of a pair."
@@ -187,7 +187,7 @@ class InputConfig:
         if not self.channels or len(set(self.channels)) < len(self.channels) or set(self.channels) - set(CHANNELS):
             raise ConfigError(f"one or more different channels of {', '.join(CHANNELS)}", str(self.channels), row="channels")
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #3bd6d219
+# %% ../../nbs/deadlayer/13_prep.ipynb #1bec5911
 class PairInputs(nn.Module):
     "Batch step: counts of two spectra, each (n, bins), to scaled channels (n, channels, bins); `fit` it first."
 
@@ -247,7 +247,7 @@ def _spread(x):
     std = x.std(0)
     return torch.where(std > 1e-6, std, torch.ones_like(std))
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #cedaed1b
+# %% ../../nbs/deadlayer/13_prep.ipynb #fb785744
 @dataclass
 class PairConfig:
     "Which pairs a network is trained on."
@@ -274,7 +274,7 @@ class PairConfig:
         return {"max_dfccd_in_mm": self.max_dfccd_in_mm, "max_ddlf": self.max_ddlf, "how": self.how,
                 "min_dfccd_in_mm": self.min_dfccd_in_mm}
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #19aa8820
+# %% ../../nbs/deadlayer/13_prep.ipynb #dde8769c
 class PairBatches:
     "An iterable of `n_batches` batches (counts1, counts2, labels), fresh in each epoch unless `fixed`."
 

@@ -7,7 +7,7 @@ __all__ = ['FORMAT_VERSION', 'prepare', 'FittedStep', 'Pipeline', 'BatchSteps', 
            'param_groups', 'lr_factor', 'SeedEpoch', 'Accumulate', 'Schedule', 'Tracker', 'EpochLoss', 'ResetLoss',
            'AutocastBF16', 'ShowProgress', 'History', 'build_learner', 'predict', 'Run', 'Checkpoint', 'Replay', 'fit']
 
-# %% ../nbs/01_train.ipynb #39a33ecf
+# %% ../nbs/01_train.ipynb #717ea153
 import contextlib
 import csv
 import io
@@ -53,7 +53,7 @@ from deadlayer_cres.core import (
 )
 from .core import environment as describe_environment
 
-# %% ../nbs/01_train.ipynb #c3320f0e
+# %% ../nbs/01_train.ipynb #8546305c
 def prepare(
     prep: nn.Module | None,  # the batch steps; None passes the inputs on
     xs: Sequence[torch.Tensor],  # the inputs of one batch
@@ -69,7 +69,7 @@ def prepare(
         raise RuntimeError(f"{type(prep).__name__} changed its input in place; batch steps must return new tensors")
     return tuple(out) if isinstance(out, tuple | list) else (out,)
 
-# %% ../nbs/01_train.ipynb #5558d4bb
+# %% ../nbs/01_train.ipynb #d49f9fdd
 def _mark_fitted(step: "FittedStep", _) -> None:
     "After loading: whether the saved step had been fitted, read once and not from the GPU at every batch."
     step._ready = bool(step.fitted)
@@ -109,7 +109,7 @@ class FittedStep(nn.Module):
             raise NotFittedError(f"{type(self).__name__} has no statistics yet: call fit, or load trained weights")
         return super().__call__(*args, **kwargs)
 
-# %% ../nbs/01_train.ipynb #16b9b40d
+# %% ../nbs/01_train.ipynb #c6718959
 class Pipeline(nn.Module):
     "Batch steps and network as one module: `pipeline(*x)` is `net(prep(*x))`."
 
@@ -124,7 +124,7 @@ class Pipeline(nn.Module):
     def forward(self, *x: torch.Tensor):
         return self.net(*prepare(self.prep, x))
 
-# %% ../nbs/01_train.ipynb #a316448b
+# %% ../nbs/01_train.ipynb #cd29000f
 class BatchSteps(Callback):
     "Apply `prep` to the inputs of every batch, on the device, in training and validation alike."
 
@@ -148,7 +148,7 @@ class BatchSteps(Callback):
     def before_batch(self):
         self.learn.xb = prepare(self.steps, self.learn.xb)
 
-# %% ../nbs/01_train.ipynb #8e70c099
+# %% ../nbs/01_train.ipynb #88e72116
 def _flat(batch) -> tuple:
     "`((x1, x2), y)` and `(x1, x2, y)` both become `(x1, x2, y)`."
     return tuple(t for part in batch for t in (part if isinstance(part, tuple | list) else (part,)))
@@ -179,7 +179,7 @@ class Batches:
         if hasattr(self.items, "set_epoch"):
             self.items.set_epoch(epoch)
 
-# %% ../nbs/01_train.ipynb #172da282
+# %% ../nbs/01_train.ipynb #d3819223
 def as_dataloaders(
     train: Iterable,  # batches to train on
     valid: Iterable,  # batches to validate on, the same every epoch
@@ -190,7 +190,7 @@ def as_dataloaders(
     device = torch.device(device or default_device())
     return DataLoaders(Batches(train, n_inp, device), Batches(valid, n_inp, device), device=device)
 
-# %% ../nbs/01_train.ipynb #94e6be42
+# %% ../nbs/01_train.ipynb #8b027b8f
 @dataclass
 class TrainConfig:
     "How a network is trained."
@@ -225,7 +225,7 @@ class TrainConfig:
             if not ok:
                 raise ConfigError(expected, repr(value), row=name)
 
-# %% ../nbs/01_train.ipynb #e9c76019
+# %% ../nbs/01_train.ipynb #57d20763
 def _one_of(*names):
     return " or ".join(names), lambda v: v in names
 
@@ -258,7 +258,7 @@ _CONFIG_CHECKS = {
     "progress": ("true or false", lambda v: isinstance(v, bool)),
 }
 
-# %% ../nbs/01_train.ipynb #8e2e5ab3
+# %% ../nbs/01_train.ipynb #7d12bf42
 _DECAYING = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
              nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -282,13 +282,13 @@ def param_groups(
         raise ConfigError("a network with parameters to train", type(net).__name__)
     return [{"params": ps, "lr": lr, "initial_lr": lr, "weight_decay": wd} for (lr, wd), ps in groups.items()]
 
-# %% ../nbs/01_train.ipynb #06c3598e
+# %% ../nbs/01_train.ipynb #f1830de1
 def _adamw(params, lr: float, net: nn.Module, config: TrainConfig) -> OptimWrapper:
     "AdamW over `param_groups(net, config)`; `params` and `lr`, which the learner hands in, are already in the groups."
     betas = (config.beta1, config.beta2)
     return OptimWrapper(opt=torch.optim.AdamW(param_groups(net, config), lr=config.lr, betas=betas, eps=config.eps))
 
-# %% ../nbs/01_train.ipynb #2b1f48ed
+# %% ../nbs/01_train.ipynb #08c9ee16
 def _half_cosine(start: float, end: float, x: float) -> float:
     return start + (end - start) * (1 - math.cos(math.pi * x)) / 2
 
@@ -310,7 +310,7 @@ def lr_factor(
         return min(n**-0.5, n * config.warmup_steps**-1.5)
     return config.plateau_factor**reductions if config.schedule == "plateau" else 1.0
 
-# %% ../nbs/01_train.ipynb #b83a8a52
+# %% ../nbs/01_train.ipynb #f6da5b0f
 class SeedEpoch(Callback):
     "Seed everything from (seed, epoch) before each epoch, and tell the batches which epoch it is."
 
@@ -331,7 +331,7 @@ class SeedEpoch(Callback):
         if hasattr(batches, "set_epoch"):
             batches.set_epoch(epoch)
 
-# %% ../nbs/01_train.ipynb #0d56d47d
+# %% ../nbs/01_train.ipynb #7ab58a4d
 class Accumulate(Callback):
     "Average the gradients of `n` batches into one step."
 
@@ -348,7 +348,7 @@ class Accumulate(Callback):
         if (self.learn.iter + 1) % self.n and self.learn.iter + 1 < self.learn.n_iter:
             raise CancelBatchException
 
-# %% ../nbs/01_train.ipynb #da7e5bdb
+# %% ../nbs/01_train.ipynb #38961b20
 class Schedule(Callback):
     "Set every group's learning rate before each batch."
 
@@ -364,7 +364,7 @@ class Schedule(Callback):
         self.factor = lr_factor(self.config, step, learn.n_epoch * steps, learn.tracker.reductions)
         learn.opt.set_hypers(lr=[self.factor * g["initial_lr"] for g in learn.opt.param_groups])
 
-# %% ../nbs/01_train.ipynb #8fbf6c90
+# %% ../nbs/01_train.ipynb #88d68a74
 class Tracker(Callback):
     "Find the best epoch, lower the rate on a plateau, and stop early."
 
@@ -407,7 +407,7 @@ class Tracker(Callback):
         if self.wait >= self.config.plateau_patience:
             self.reductions, self.wait = self.reductions + 1, 0
 
-# %% ../nbs/01_train.ipynb #0360e020
+# %% ../nbs/01_train.ipynb #964672e2
 class EpochLoss(Metric):
     "The mean loss over the items of an epoch, summed on the device."
 
@@ -426,14 +426,14 @@ class EpochLoss(Metric):
     def name(self):
         return "loss"
 
-# %% ../nbs/01_train.ipynb #ab78e586
+# %% ../nbs/01_train.ipynb #3bce9953
 class ResetLoss(Callback):
     "Start the training loss of the `Recorder` anew in each epoch."
 
     def before_train(self):
         self.learn.recorder.smooth_loss.reset()
 
-# %% ../nbs/01_train.ipynb #28c83642
+# %% ../nbs/01_train.ipynb #129688ec
 class AutocastBF16(Callback):
     "Run the network, and only the network, in bfloat16."
 
@@ -453,7 +453,7 @@ class AutocastBF16(Callback):
     def close(self):
         self.stack.close()
 
-# %% ../nbs/01_train.ipynb #7507a84a
+# %% ../nbs/01_train.ipynb #07fab38b
 class ShowProgress(Callback):
     "A progress bar over all epochs, or a line per epoch where standard error is a file."
 
@@ -487,7 +487,7 @@ class ShowProgress(Callback):
             self.bar.close()
             self.bar = None
 
-# %% ../nbs/01_train.ipynb #5ab52960
+# %% ../nbs/01_train.ipynb #ff781796
 class History(Callback):
     "Keep one row per epoch: epoch, losses, metrics, learning rate, seconds."
 
@@ -518,7 +518,7 @@ class History(Callback):
         if hasattr(learn, "show_progress"):
             learn.show_progress.note(row)
 
-# %% ../nbs/01_train.ipynb #cef433cd
+# %% ../nbs/01_train.ipynb #1da57178
 def build_learner(
     pipeline: Pipeline,  # what to train
     dls: DataLoaders,  # from `as_dataloaders`
@@ -546,7 +546,7 @@ def build_learner(
     learn.pipeline, learn.train_config = pipeline, config
     return learn
 
-# %% ../nbs/01_train.ipynb #22712f39
+# %% ../nbs/01_train.ipynb #92b4c756
 def predict(
     pipeline: nn.Module,  # usually a `Pipeline`
     batches: Iterable,  # of tensors, or of tuples of tensors
@@ -573,7 +573,7 @@ def predict(
     joined = tuple(torch.cat(parts) for parts in zip(*out, strict=True))
     return joined if isinstance(pred, tuple | list) else joined[0]
 
-# %% ../nbs/01_train.ipynb #96e22c62
+# %% ../nbs/01_train.ipynb #6c966c0b
 FORMAT_VERSION = 1
 "Version of the layout of a run folder."
 
@@ -620,7 +620,7 @@ class Run:
             raise RunError("a finished training", found, path, remedy="resume the training")
         return run
 
-# %% ../nbs/01_train.ipynb #a04cdd44
+# %% ../nbs/01_train.ipynb #425639b7
 def _make_folder(path: Path, config: str, about: dict, overwrite: bool) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         is_run = (path / "environment.json").exists() and (path / "config.yaml").exists()
@@ -637,7 +637,7 @@ def _make_folder(path: Path, config: str, about: dict, overwrite: bool) -> None:
             os.replace(path, Path(d) / "old")
         os.replace(new, path)
 
-# %% ../nbs/01_train.ipynb #ee35931e
+# %% ../nbs/01_train.ipynb #a6bf8fdb
 def _check_folder(path: Path) -> None:
     if not path.is_dir():
         raise RunError("a run folder", "nothing", path, remedy="check the path, or train first")
@@ -653,7 +653,7 @@ def _check_folder(path: Path) -> None:
         raise RunError(f"a run of format version {FORMAT_VERSION}", f"version {found}", path,
                        remedy="open it with the release that wrote it, or train again")
 
-# %% ../nbs/01_train.ipynb #d3f3980b
+# %% ../nbs/01_train.ipynb #0eb9ed2f
 @patch(as_prop=True)
 def config(self: Run) -> dict:
     "The resolved config."
@@ -682,7 +682,7 @@ def history(self: Run) -> list[dict]:
     with open(path, newline="") as f:
         return [{k: int(v) if k == "epoch" else float(v) for k, v in row.items()} for row in csv.DictReader(f)]
 
-# %% ../nbs/01_train.ipynb #87a4e831
+# %% ../nbs/01_train.ipynb #756a10b1
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with atomic_path(path) as part:
@@ -701,7 +701,7 @@ def _read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     except (OSError, ValueError, SafetensorError) as e:
         raise RunError("a readable safetensors file", f"{type(e).__name__}: {e}", path) from e
 
-# %% ../nbs/01_train.ipynb #4a36409e
+# %% ../nbs/01_train.ipynb #5a2708b6
 def _load_weights(module: nn.Module, tensors: dict, path: Path) -> None:
     try:
         module.load_state_dict(tensors)
@@ -727,7 +727,7 @@ def load_weights(
     _load_weights(pipeline, _read_tensors(path, "model." if which == "last" else ""), path)
     return pipeline
 
-# %% ../nbs/01_train.ipynb #8cddaa4a
+# %% ../nbs/01_train.ipynb #970d897e
 @patch
 def checkpoint_state(self: Run) -> dict | None:
     "Epoch, history and config of the checkpoint; None if there is none."
@@ -758,7 +758,7 @@ def settle(self: Run, state: dict | None) -> None:
         with atomic_path(path) as part:
             part.write_text(text.getvalue())
 
-# %% ../nbs/01_train.ipynb #1205c368
+# %% ../nbs/01_train.ipynb #c54dd8dd
 @patch
 def write_metrics(self: Run, metrics: dict) -> None:
     "Write metrics.json."
@@ -782,7 +782,7 @@ def write_report(self: Run, html: str) -> Path:
         part.write_text(html, encoding="utf-8")
     return path
 
-# %% ../nbs/01_train.ipynb #9d99c907
+# %% ../nbs/01_train.ipynb #ed9038b4
 def _same(path: Path, old, new, at: str = "") -> None:
     "Raise `RunError` at the first place where two nested settings differ, `progress` apart."
     if isinstance(old, dict) and isinstance(new, dict):
@@ -803,7 +803,7 @@ def check_same(
     if data_checksum is not None:
         _same(self.path, self.environment.get("data_checksum"), to_plain(data_checksum), "data_checksum")
 
-# %% ../nbs/01_train.ipynb #d6e0461d
+# %% ../nbs/01_train.ipynb #4c995070
 class Checkpoint(Callback):
     "Commit a checkpoint to `run` after every epoch; start from `state`, the one to resume from."
 
@@ -856,7 +856,7 @@ class Checkpoint(Callback):
     def _done(self) -> int:
         return len(self.resumed["history"]) if self.resumed else 0
 
-# %% ../nbs/01_train.ipynb #53911089
+# %% ../nbs/01_train.ipynb #c98ed129
 class Replay(Callback):
     "Lay the rows of the checkpoint before the callbacks that follow, in place of the epochs that are skipped."
 
@@ -880,7 +880,7 @@ class Replay(Callback):
             if getattr(self.learn, "show_progress", None) and self.learn.show_progress.bar is not None:
                 self.learn.show_progress.bar.update(len(self.learn.dls.train))
 
-# %% ../nbs/01_train.ipynb #f3748bf9
+# %% ../nbs/01_train.ipynb #aea4c508
 def fit(
     learn: Learner,  # from `build_learner`
     run: Run,  # where to keep the result
@@ -895,14 +895,14 @@ def fit(
     if state and not resume:
         raise RunError("a run that has not been trained", f"{len(state['history'])} epochs", run.path,
                        remedy="resume it, overwrite it, or choose another folder")
+    for part in run.path.glob(".*.part"):
+        part.unlink()  # what a killed program was just writing
     if state:
         _same(run.path, state["config"], to_plain(config), "train")
         run.settle(state)
     if state and state["finished"]:
         print(f"{run.path}: finished after {len(state['history'])} epochs already; nothing to do", file=sys.stderr)
     else:
-        for part in run.path.glob(".*.part"):
-            part.unlink()
         rows = state["history"] if state else []
         try:
             learn.fit(config.epochs, reset_opt=True, start_epoch=len(rows), cbs=[Replay(rows), Checkpoint(run, state)])

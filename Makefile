@@ -13,7 +13,6 @@ help: ## list the targets
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt .ci/install
 	@.ci/install
-	@touch $@
 
 demo: $(READY) ## a small run from simulated spectra to an answer with its uncertainty; OUT=demo
 	@$(BIN)/deadlayer demo --out $(OUT)
@@ -28,7 +27,7 @@ lab: $(READY) ## JupyterLab on the notebooks; they are cleaned as they are saved
 notebooks: $(READY) ## execute the notebooks, store their outputs, clean and export; NB=nbs/00_core.ipynb for one
 	@for nb in $(NB); do \
 		echo "$$nb"; \
-		$(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace \
+		TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace \
 			--ExecutePreprocessor.timeout=1800 "$$nb" || exit 1; \
 	done
 	@.ci/sync

@@ -5,9 +5,10 @@
 # %% auto #0
 __all__ = ['PUBLISHED_EXPOSURE', 'PUBLISHED_BINS', 'PUBLISHED_BIN_KEV', 'ENERGY_RANGE_KEV', 'EXTENSIONS', 'STORE_FORMAT',
            'STORE_VERSION', 'Spectra', 'normalise', 'concatenate', 'split_by_block', 'SplitConfig', 'parse_labels',
-           'read_histogram', 'read_folder', 'write_store', 'read_store']
+           'read_histogram', 'read_folder', 'write_store', 'read_store', 'write_folder', 'read_lh5', 'write_lh5',
+           'read_spectra', 'summarise', 'prepare', 'plot_labels', 'plot_spectra', 'shared_data']
 
-# %% ../../nbs/deadlayer/12_data.ipynb #af324a4a
+# %% ../../nbs/deadlayer/12_data.ipynb #1365a009
 import contextlib
 import dataclasses
 import json
@@ -26,7 +27,7 @@ import numpy as np
 
 from ..core import ConfigError, DataError, atomic_path, checksum, numpy_rng, progress, to_plain
 
-# %% ../../nbs/deadlayer/12_data.ipynb #c9d7cc86
+# %% ../../nbs/deadlayer/12_data.ipynb #248e4ec3
 PUBLISHED_EXPOSURE = 1e8 * 6 / (1800 * 116.1e3)
 "Events of the published simulation per event of the measurement: decays x solid-angle weight / (time x activity)."
 PUBLISHED_BINS, PUBLISHED_BIN_KEV = 900, 0.5
@@ -34,7 +35,7 @@ PUBLISHED_BINS, PUBLISHED_BIN_KEV = 900, 0.5
 ENERGY_RANGE_KEV = (5.0, 450.0)
 "Default analysis range in keV: above the threshold of the measurement, up to the end of the histograms."
 
-# %% ../../nbs/deadlayer/12_data.ipynb #c4506651
+# %% ../../nbs/deadlayer/12_data.ipynb #e58e17c8
 def _as_counts(
     values: np.ndarray,  # (n, bins), any number type
     paths: Sequence | None = None,  # the file of each row, for the message
@@ -55,7 +56,7 @@ def _as_counts(
                         int(row) if one else None, "give raw counts, before any scaling or background subtraction")
     return values.astype(np.int64, copy=False)
 
-# %% ../../nbs/deadlayer/12_data.ipynb #b313ee1d
+# %% ../../nbs/deadlayer/12_data.ipynb #b9fb7715
 def _check_edges(edges_keV: np.ndarray, bins: int) -> None:
     "Raise a `DataError` unless `edges_keV` are `bins + 1` finite, increasing energies in keV."
     if edges_keV.shape != (bins + 1,):
@@ -75,7 +76,7 @@ def _check_label(name: str, values: np.ndarray, n: int, high: float) -> None:
         raise DataError(f"{name} as {limits}", str(values[bad[0]]), row=int(bad[0]),
                         remedy="use NaN where the value is unknown")
 
-# %% ../../nbs/deadlayer/12_data.ipynb #856d4ecb
+# %% ../../nbs/deadlayer/12_data.ipynb #b50b60e3
 def _bins_inside(edges_keV: np.ndarray, low_keV: float, high_keV: float) -> slice:
     "The bins of `edges_keV` which lie wholly inside `low_keV` to `high_keV`."
     slack = 1e-6 * np.diff(edges_keV).min()
@@ -93,7 +94,7 @@ def _check_rebin(bins: int, n: int) -> int:
                           remedy="choose one of them, or another energy range first")
     return n
 
-# %% ../../nbs/deadlayer/12_data.ipynb #f35d2dad
+# %% ../../nbs/deadlayer/12_data.ipynb #39863b32
 @dataclasses.dataclass(eq=False, repr=False)
 class Spectra:
     """Energy spectra with common bins. Indexing with an integer, slice, mask or index array gives `Spectra` again."""
@@ -159,7 +160,7 @@ def _span(name: str, values: np.ndarray, unit: str = "") -> str:
     known = values[~np.isnan(values)]
     return f"{name} {known.min():g} to {known.max():g}{unit}" if known.size else f"{name} unknown"
 
-# %% ../../nbs/deadlayer/12_data.ipynb #688ccd0b
+# %% ../../nbs/deadlayer/12_data.ipynb #d38824fd
 def normalise(
     counts: np.ndarray,  # (..., bins) counts
     how: Literal["exposure", "unit", "none"] = "exposure",  # divide by the exposure, scale to unit area, or leave
@@ -182,7 +183,7 @@ def normalise(
                         remedy="leave the spectrum out or widen the energy range")
     return counts / area
 
-# %% ../../nbs/deadlayer/12_data.ipynb #b96d42e9
+# %% ../../nbs/deadlayer/12_data.ipynb #96bbc62d
 def concatenate(
     parts: Sequence[Spectra],  # sets with equal edges and exposure
 ) -> Spectra:
@@ -202,7 +203,7 @@ def concatenate(
     join = {k: np.concatenate([getattr(p, k) for p in parts]) for k in ("counts", "fccd_in_mm", "dlf")}
     return dataclasses.replace(first, **join, provenance={"parts": [p.provenance for p in parts]})
 
-# %% ../../nbs/deadlayer/12_data.ipynb #02f9d879
+# %% ../../nbs/deadlayer/12_data.ipynb #d3a0c9bc
 def _deal(columns: np.ndarray, blocks: np.ndarray, n_blocks: int, seed: int, fractions: Sequence[float]) -> np.ndarray:
     "Part (0, 1, 2) of each (column, block): the blocks of a column are shuffled onto shares of the unit interval."
     shares = np.cumsum(fractions)[:-1] - 1e-12
@@ -214,7 +215,7 @@ def _deal(columns: np.ndarray, blocks: np.ndarray, n_blocks: int, seed: int, fra
         part[here] = np.searchsorted(shares, place, side="right")[blocks[here]]
     return part
 
-# %% ../../nbs/deadlayer/12_data.ipynb #b318cf24
+# %% ../../nbs/deadlayer/12_data.ipynb #f26dfa44
 def split_by_block(
     fccd_in_mm: np.ndarray,  # (n,) depths in mm
     dlf: np.ndarray,  # (n,) dead layer fractions in [0, 1]
@@ -252,7 +253,7 @@ def _cell(values: np.ndarray, size: float) -> np.ndarray:
     "Index of the cell of width `size` in which each value lies; a value on a border belongs to the upper cell."
     return np.floor(values / size + 1e-6).astype(np.int64)
 
-# %% ../../nbs/deadlayer/12_data.ipynb #50fe84b7
+# %% ../../nbs/deadlayer/12_data.ipynb #1e8c6b2e
 @dataclasses.dataclass
 class SplitConfig:
     """Settings of the split into training, validation and test parts (see `split_by_block`)."""
@@ -269,7 +270,7 @@ class SplitConfig:
         blocks = (self.fccd_block_in_mm, self.dlf_block)
         return split_by_block(spectra.fccd_in_mm, spectra.dlf, self.seed, fractions, *blocks)
 
-# %% ../../nbs/deadlayer/12_data.ipynb #058c5096
+# %% ../../nbs/deadlayer/12_data.ipynb #04f65ac6
 _NUMBER = r"[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?"
 _LABELS = re.compile(rf"(?:^|_)FCCD({_NUMBER})mm_DLF({_NUMBER})(?:_fracFCCDbore{_NUMBER})?$")
 
@@ -289,7 +290,7 @@ def parse_labels(
         raise DataError("DLF in [0, 1] in the file name", found[2], path)
     return fccd, dlf
 
-# %% ../../nbs/deadlayer/12_data.ipynb #3371cc9f
+# %% ../../nbs/deadlayer/12_data.ipynb #5a4347b6
 EXTENSIONS = (".h5", ".hdf5", ".hdf", ".lh5")
 "File extensions which are read."
 
@@ -315,7 +316,7 @@ def _reading(path: str | os.PathLike) -> Iterator[h5py.File]:
     except (OSError, RuntimeError) as e:
         raise _unreadable(Path(path), e) from e
 
-# %% ../../nbs/deadlayer/12_data.ipynb #f3aeb249
+# %% ../../nbs/deadlayer/12_data.ipynb #4cde3069
 _VALUES = b"energy_hist/block0_values"
 
 def _read_published(path: Path, bins: int) -> tuple[np.ndarray, float]:
@@ -343,7 +344,7 @@ def _read_published(path: Path, bins: int) -> tuple[np.ndarray, float]:
     finally:
         file.close()
 
-# %% ../../nbs/deadlayer/12_data.ipynb #8d5e8007
+# %% ../../nbs/deadlayer/12_data.ipynb #aa7215af
 def read_histogram(
     path: str | os.PathLike,  # one published file
     exposure: float | None = None,  # events per event of the measurement; None: as noted in the file, else by the name
@@ -359,7 +360,7 @@ def read_histogram(
     return Spectra(_as_counts(values[None], [path]), np.arange(bins + 1) * bin_keV, [fccd], [dlf], exposure,
                    {"source": str(path), "layout": "published file"})
 
-# %% ../../nbs/deadlayer/12_data.ipynb #5ef2b1bf
+# %% ../../nbs/deadlayer/12_data.ipynb #18945f18
 def _list_folder(folder: Path) -> list[tuple[float, float, Path]]:
     "(FCCD, DLF, path) of every HDF5 file in `folder`, sorted."
     if not folder.is_dir():
@@ -380,7 +381,7 @@ def _one_exposure(noted: Sequence[float], exposure: float | None, paths: Sequenc
                         remedy="put sets of different exposure into separate folders")
     return PUBLISHED_EXPOSURE if np.isnan(noted[0]) else noted[0]
 
-# %% ../../nbs/deadlayer/12_data.ipynb #076560dd
+# %% ../../nbs/deadlayer/12_data.ipynb #d8672ea2
 def read_folder(
     folder: str | os.PathLike,  # folder of published files
     exposure: float | None = None,  # events per event of the measurement; None: as noted in the files, or published
@@ -404,7 +405,7 @@ def read_folder(
                       stacklevel=2)
     return spectra
 
-# %% ../../nbs/deadlayer/12_data.ipynb #6abbfb4c
+# %% ../../nbs/deadlayer/12_data.ipynb #fe61878f
 def _refuse(path: Path, overwrite: bool) -> None:
     "Raise a `DataError` if `path` exists and may not be replaced."
     if path.exists() and not overwrite:
@@ -430,7 +431,7 @@ def _writing(path: str | os.PathLike, overwrite: bool) -> Iterator[h5py.File]:
     with _failing_writes(path), atomic_path(path) as part, h5py.File(part, "w") as f:
         yield f
 
-# %% ../../nbs/deadlayer/12_data.ipynb #7483205b
+# %% ../../nbs/deadlayer/12_data.ipynb #2cdeccb4
 STORE_FORMAT, STORE_VERSION = "deadlayer-spectra", 1
 "Name and version of the store, kept as the attributes `format` and `version`."
 
@@ -451,7 +452,7 @@ def write_store(
         f.attrs.update({"format": STORE_FORMAT, "version": STORE_VERSION, "exposure": spectra.exposure,
                         "provenance": json.dumps(to_plain(spectra.provenance)), "checksum": spectra.checksum})
 
-# %% ../../nbs/deadlayer/12_data.ipynb #5e9ad52b
+# %% ../../nbs/deadlayer/12_data.ipynb #a70c3f54
 def read_store(
     path: str | os.PathLike,  # a file written by `write_store`
 ) -> Spectra:
@@ -476,3 +477,322 @@ def read_store(
         raise DataError(f"content with the checksum {noted[:12]}...", f"{spectra.checksum[:12]}...", path,
                         remedy="the file was changed or damaged; make it again")
     return spectra
+
+# %% ../../nbs/deadlayer/12_data.ipynb #fb6c32eb
+def _write_pandas(f: h5py.File, counts: np.ndarray) -> None:
+    "Write `counts` (bins,) as the pandas table `energy_hist` with one column called 0."
+    def note(item, **attrs):
+        for name, value in {"CLASS": "GROUP", "VERSION": "1.0", **attrs}.items():
+            item.attrs[name] = np.bytes_(value) if isinstance(value, str) else value
+        item.attrs["TITLE"] = h5py.Empty("S1")
+
+    note(f, PYTABLES_FORMAT_VERSION="2.1")
+    group = f.create_group("energy_hist")
+    note(group, encoding="UTF-8", errors="strict", pandas_type="frame", pandas_version="0.15.2", nblocks=1, ndim=2,
+         axis0_variety="regular", axis1_variety="regular", block0_items_variety="regular")
+    columns = {"axis0": np.zeros(1, np.int64), "axis1": np.arange(len(counts)), "block0_items": np.zeros(1, np.int64)}
+    array = {"CLASS": "ARRAY", "VERSION": "2.4", "FLAVOR": "numpy", "transposed": np.uint8(1)}
+    for name, values in columns.items():
+        group[name] = values
+        note(group[name], **array, kind="integer", name="N.")
+    group["block0_values"] = counts[:, None]
+    note(group["block0_values"], **array)
+
+# %% ../../nbs/deadlayer/12_data.ipynb #73731fb8
+def _published_names(spectra: Spectra, stem: str, bore_fraction: float) -> list[str]:
+    "A file name for each spectrum; a `DataError` if binning or labels do not fit the published layout."
+    edges = np.arange(PUBLISHED_BINS + 1) * PUBLISHED_BIN_KEV
+    if spectra.edges_keV.shape != edges.shape or not np.allclose(spectra.edges_keV, edges):
+        raise DataError("900 bins of 0.5 keV from 0 keV", repr(spectra), row="edges_keV",
+                        remedy="this layout holds no bin edges; use write_store for other binnings")
+    labels = list(zip(spectra.fccd_in_mm.tolist(), spectra.dlf.tolist(), strict=True))
+    first = {label: row for row, label in reversed(list(enumerate(labels)))}
+    for row, label in enumerate(labels):
+        if np.isnan(label).any():
+            raise DataError("known FCCD and DLF", "NaN", row=row, remedy="use write_store for measured spectra")
+        if first[label] != row:
+            raise DataError("each FCCD and DLF once", f"those of row {first[label]} again", row=row,
+                            remedy="add the spectra up, or use write_store")
+    return [f"{stem}_FCCD{fccd}mm_DLF{dlf}_fracFCCDbore{bore_fraction}.h5" for fccd, dlf in labels]
+
+def _replace_folder(new: Path, folder: Path) -> None:
+    "Move the finished folder `new` to `folder`, which may exist; the old one goes only when the new one is in place."
+    if not folder.exists():
+        os.rename(new, folder)
+        return
+    old = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.old."))
+    os.rename(folder, old / "folder")
+    os.rename(new, folder)
+    shutil.rmtree(old)
+
+# %% ../../nbs/deadlayer/12_data.ipynb #0cadad06
+def write_folder(
+    spectra: Spectra,  # simulated spectra with the published binning
+    folder: str | os.PathLike,  # the folder to create
+    stem: str = "V05268A-ba_HS4-top-0r-78z_g_l",  # first part of the file names: detector, source and position
+    bore_fraction: float = 0.5,  # thickness of the layer in the borehole over that outside, for the file names
+    overwrite: bool = False,  # replace an existing folder of spectra
+) -> None:
+    "Write one file per spectrum in the published layout, all or none; a `DataError` says what does not fit."
+    folder, names = Path(folder), _published_names(spectra.validate(), stem, bore_fraction)
+    if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
+        if not folder.is_dir() or not overwrite:
+            raise DataError("a name that is not taken", "an existing file or folder", folder,
+                            remedy="choose another name, or allow overwriting")
+        other = [p.name for p in folder.iterdir() if not (p.is_file() and _LABELS.search(p.stem))]
+        if other:
+            raise DataError("a folder of nothing but spectra to overwrite", other[0], folder,
+                            remedy="choose another name, or empty the folder yourself")
+    with _failing_writes(folder):
+        folder.parent.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
+            new = Path(temporary) / "folder"
+            new.mkdir()
+            for name, counts in progress(zip(names, spectra.counts, strict=True), "writing spectra", len(names), "file",
+                                         disable=len(names) <= 500):
+                with h5py.File(new / name, "w") as f:
+                    _write_pandas(f, counts)
+                    f.attrs["exposure"] = spectra.exposure
+            _replace_folder(new, folder)
+
+# %% ../../nbs/deadlayer/12_data.ipynb #635dab90
+_LH5_HISTOGRAM = "struct{binning,isdensity,weights}"
+_KEV = {"kev": 1.0, "mev": 1e3, "ev": 1e-3}
+
+def _lh5_edges_keV(group: h5py.Group, path: Path) -> np.ndarray:
+    "Bin edges in keV of the one-dimensional LH5 histogram `group`."
+    if list(group["binning"]) != ["axis_0"]:
+        raise DataError("a histogram with one axis", f"{len(group['binning'])} axes", path, group.name)
+    edges = group["binning/axis_0/binedges"]
+    units = str(edges.attrs.get("units", "keV"))
+    if units.lower() not in _KEV:
+        raise DataError("an energy axis in keV, MeV or eV", f"units {units!r}", path, group.name, "calibrate it first")
+    if isinstance(edges, h5py.Group):
+        first, last, step = (float(edges[k][()]) for k in ("first", "last", "step"))
+        values = np.linspace(first, last, round((last - first) / step) + 1) if step > 0 and last > first else np.empty(0)
+    else:
+        values = np.asarray(edges[()], np.float64)
+    return values * _KEV[units.lower()]
+
+def _lh5_counts(group: h5py.Group, edges_keV: np.ndarray, path: Path) -> np.ndarray:
+    "Counts (1, bins) of the LH5 histogram `group`."
+    weights = group["weights"][()]
+    if weights.shape != (len(edges_keV) - 1,):
+        raise DataError(f"weights for {len(edges_keV) - 1} bins", f"shape {weights.shape}", path, group.name)
+    if group["isdensity"][()]:
+        units = str(group["binning/axis_0/binedges"].attrs.get("units", "keV")).lower()
+        product = weights * np.diff(edges_keV) / _KEV[units]
+        whole = np.round(product)
+        weights = np.where(np.isclose(product, whole, rtol=1e-6, atol=1e-6), whole, product)
+    return _as_counts(weights[None], [path])
+
+# %% ../../nbs/deadlayer/12_data.ipynb #48637d4f
+def _lh5_histograms(f: h5py.File) -> list[str]:
+    "Names of all LH5 histograms in `f`, sorted."
+    names = []
+    def visit(name, item):
+        if isinstance(item, h5py.Group) and item.attrs.get("datatype") == _LH5_HISTOGRAM:
+            names.append(name)
+    f.visititems(visit)
+    return sorted(names)
+
+def _read_lh5_histogram(group: h5py.Group, labels: tuple[float, float], path: Path) -> Spectra:
+    "One LH5 histogram; `labels` are used where it has none of its own."
+    missing = [k for k in ("binning/axis_0/binedges", "isdensity", "weights") if k not in group]
+    if missing:
+        raise DataError("a complete LH5 histogram", f"no {missing[0]}", path, group.name, "write it again with lgdo")
+    edges = _lh5_edges_keV(group, path)
+    fccd, dlf, exposure = (float(group.attrs.get(k, default)) for k, default in
+                           zip(("fccd_in_mm", "dlf", "exposure"), (*labels, 1.0), strict=True))
+    try:
+        return Spectra(_lh5_counts(group, edges, path), edges, [fccd], [dlf], exposure,
+                       {"source": str(path), "layout": "lh5", "key": group.name})
+    except DataError as e:
+        raise e if e.path else DataError(e.expected, e.found, path, f"{group.name}: {e.row}", e.remedy) from e
+
+# %% ../../nbs/deadlayer/12_data.ipynb #46c235f3
+def read_lh5(
+    path: str | os.PathLike,  # an LH5 file
+    key: str | None = None,  # name of one histogram in it; None: all of them, in the order of their names
+    exposure: float | None = None,  # events per event of the measurement; None: as noted in the file, else 1
+) -> Spectra:
+    "Read histograms from an LH5 file; labels come from attributes, else from the file name, else they are NaN."
+    path = Path(path)
+    with _reading(path) as f:
+        names = _lh5_histograms(f)
+        if not names or key is not None and key.strip("/") not in names:
+            found = f"{', '.join(names[:5])}{', ...' if len(names) > 5 else ''}" if names else "none"
+            raise DataError("an LH5 histogram" + (f" called {key}" if key else ""), found, path,
+                            remedy=f"its datatype must be {_LH5_HISTOGRAM}")
+        labels = parse_labels(path) if "FCCD" in path.name and len(names) == 1 else (np.nan, np.nan)
+        parts = [_read_lh5_histogram(f[n], labels, path) for n in ([key.strip("/")] if key else names)]
+    try:
+        spectra = concatenate(parts)
+    except DataError as e:
+        raise DataError("histograms with the same bins and exposure", e.found, path, names[int(e.row.split()[1])],
+                        "choose one with key=") from e
+    spectra.provenance = {"source": str(path), "layout": "lh5", "keys": len(parts)}
+    return spectra if exposure is None else dataclasses.replace(spectra, exposure=exposure)
+
+# %% ../../nbs/deadlayer/12_data.ipynb #479b26e3
+def _write_lh5_histogram(f: h5py.File, name: str, spectrum: Spectra) -> None:
+    "Write a set of one spectrum as the LH5 histogram `name`."
+    def note(item, datatype, **attrs):
+        item.attrs.update({"datatype": datatype, **attrs})
+
+    group = f.create_group(name)
+    note(group, _LH5_HISTOGRAM, exposure=spectrum.exposure)
+    for label in ("fccd_in_mm", "dlf"):
+        if not np.isnan(value := getattr(spectrum, label)[0]):
+            group.attrs[label] = value
+    axis = group.create_group("binning/axis_0")
+    note(group["binning"], "struct{axis_0}")
+    note(axis, "struct{binedges,closedleft}")
+    axis["binedges"], axis["closedleft"] = spectrum.edges_keV, True
+    note(axis["binedges"], "array<1>{real}", units="keV")
+    group["isdensity"], group["weights"] = False, spectrum.counts[0]
+    note(axis["closedleft"], "bool")
+    note(group["isdensity"], "bool")
+    note(group["weights"], "array<1>{real}")
+
+def write_lh5(
+    spectra: Spectra,  # what to write
+    path: str | os.PathLike,  # the file to create
+    key: str = "energy_hist",  # name of the histogram; several are called `<key>_00000`, `<key>_00001`, ...
+    overwrite: bool = False,  # replace an existing file
+) -> None:
+    "Write spectra as LH5 histograms, whole or not at all; a `DataError` if `path` exists or cannot be written."
+    spectra.validate()
+    if not re.fullmatch(r"\w+", key) or not len(spectra):
+        raise DataError("at least one spectrum and a key of letters, digits and _", f"{len(spectra)}, {key!r}", path)
+    names = [key] if len(spectra) == 1 else [f"{key}_{i:05d}" for i in range(len(spectra))]
+    with _writing(path, overwrite) as f:
+        for name, spectrum in zip(names, spectra, strict=True):
+            _write_lh5_histogram(f, name, spectrum)
+        f.attrs["datatype"] = f"struct{{{','.join(names)}}}"
+
+# %% ../../nbs/deadlayer/12_data.ipynb #fdb5b454
+def read_spectra(
+    path: str | os.PathLike,  # a store, an LH5 file, a published file or a folder of them
+    exposure: float | None = None,  # events per event of the measurement; None: as noted, or as the layout implies
+) -> Spectra:
+    "Read spectra from a file or folder of any known layout; a `DataError` says what was found if it is none of them."
+    path = Path(path)
+    if path.is_dir():
+        return read_folder(path, exposure)
+    if path.exists() and path.suffix not in EXTENSIONS:
+        raise DataError(f"a folder, or a file ending in {', '.join(EXTENSIONS)}", path.suffix or "no extension", path,
+                        remedy="rename it if it is HDF5, else export it as HDF5")
+    with _reading(path) as f:
+        is_store, is_published = "format" in f.attrs, "energy_hist/block0_values" in f
+        is_lh5, keys = bool(_lh5_histograms(f)), list(f)
+    if is_published:
+        return read_histogram(path, exposure)
+    if is_lh5:
+        return read_lh5(path, exposure=exposure)
+    if is_store:
+        spectra = read_store(path)
+        return spectra if exposure is None else dataclasses.replace(spectra, exposure=exposure)
+    raise DataError("a store, an LH5 histogram or the pandas table energy_hist", f"{keys}", path,
+                    remedy="see the layouts in the documentation of deadlayer.data")
+
+# %% ../../nbs/deadlayer/12_data.ipynb #11bfee55
+def _duplicates(spectra: Spectra) -> int:
+    "Number of labelled spectra that repeat the FCCD and DLF of another one."
+    labels = np.stack([spectra.fccd_in_mm, spectra.dlf], 1)
+    labels = labels[~np.isnan(labels).any(1)]
+    return len(labels) - len(np.unique(labels, axis=0))
+
+def summarise(
+    spectra: Spectra,  # any set
+) -> dict:  # numbers and lists only
+    "Size, ranges and totals of a set of spectra."
+    def extent(values):
+        known = values[~np.isnan(values)]
+        return [float(known.min()), float(known.max())] if known.size else None
+
+    totals, widths = spectra.counts.sum(1), np.diff(spectra.edges_keV)
+    return {
+        "spectra": len(spectra), "bins": spectra.counts.shape[1],
+        "energy_keV": [float(spectra.edges_keV[0]), float(spectra.edges_keV[-1])], "bin_keV": extent(widths),
+        "fccd_in_mm": extent(spectra.fccd_in_mm), "dlf": extent(spectra.dlf), "duplicates": _duplicates(spectra),
+        "counts_per_spectrum": extent(totals), "counts": int(totals.sum()), "exposure": spectra.exposure,
+        "checksum": spectra.checksum,
+    }
+
+# %% ../../nbs/deadlayer/12_data.ipynb #9c8b1563
+def prepare(
+    sources: str | os.PathLike | Sequence[str | os.PathLike],  # files and folders of any known layout
+    out: str | os.PathLike,  # the store to create
+    low_keV: float = ENERGY_RANGE_KEV[0],  # lower end of the energy range in keV
+    high_keV: float = ENERGY_RANGE_KEV[1],  # upper end of the energy range in keV
+    rebin: int = 1,  # number of neighbouring bins to join
+    exposure: float | None = None,  # events per event of the measurement; None: as noted, or as the layout implies
+    overwrite: bool = False,  # replace an existing store
+) -> dict:  # what was read and written: `summarise` of the store, with sources, bytes and seconds
+    "Pack spectra into one store. The target is checked before anything is read, and written whole or not at all."
+    start = time.perf_counter()
+    sources = [sources] if isinstance(sources, str | os.PathLike) else list(sources)
+    _refuse(Path(out), overwrite)
+    parts = [read_spectra(s, exposure).select_energy(low_keV, high_keV).rebin(rebin) for s in sources]
+    try:
+        spectra = concatenate(parts)
+    except DataError as e:
+        path = sources[int(e.row.split()[1])] if e.row else None
+        raise DataError(e.expected, e.found, path, remedy=e.remedy or "name a file or folder") from e
+    spectra.provenance |= {"energy_keV": [low_keV, high_keV], "rebin": rebin}
+    write_store(spectra, out, overwrite)
+    read = [{"source": os.fspath(s), "layout": p.provenance.get("layout", "store"), "spectra": len(p)}
+            for s, p in zip(sources, parts, strict=True)]
+    return {"out": os.fspath(out), "sources": read, **summarise(spectra), "bytes": Path(out).stat().st_size,
+            "seconds": round(time.perf_counter() - start, 2)}
+
+# %% ../../nbs/deadlayer/12_data.ipynb #e2149745
+def plot_labels(
+    spectra: Spectra,  # simulated spectra
+    bins: int = 50,  # bins of the two histograms
+):  # a matplotlib figure
+    "Histograms of FCCD and DLF, and one against the other."
+    import matplotlib.pyplot as plt
+
+    fig, (left, middle, right) = plt.subplots(1, 3, figsize=(8, 2.7), layout="constrained")
+    left.hist(spectra.fccd_in_mm, bins=bins, histtype="stepfilled", alpha=0.6)
+    left.set(xlabel="FCCD (mm)", ylabel="spectra per bin")
+    middle.hist(spectra.dlf, bins=bins, range=(0, 1), histtype="stepfilled", alpha=0.6)
+    middle.set(xlabel="DLF", ylabel="spectra per bin")
+    right.plot(spectra.fccd_in_mm, spectra.dlf, ".", ms=2)
+    right.set(xlabel="FCCD (mm)", ylabel="DLF", ylim=(-0.03, 1.03))
+    return fig
+
+# %% ../../nbs/deadlayer/12_data.ipynb #bc0fbb65
+def plot_spectra(
+    spectra: Spectra,  # a few spectra
+    how: Literal["exposure", "unit", "none"] = "exposure",  # scale, see `normalise`
+    labels: Sequence[str] | None = None,  # names for the legend; None: FCCD and DLF, or "measured"
+    ax=None,  # matplotlib axes to draw in; None makes a new figure
+):  # the axes
+    "Draw spectra as steps on a logarithmic scale."
+    import matplotlib.pyplot as plt
+
+    if ax is None:
+        ax = plt.subplots(figsize=(6, 3), layout="constrained")[1]
+    rows = normalise(spectra.counts, how, spectra.exposure)
+    for i, row in enumerate(rows):
+        fccd, dlf = spectra.fccd_in_mm[i], spectra.dlf[i]
+        name = labels[i] if labels else "measured" if np.isnan(fccd) else f"FCCD {fccd:g} mm, DLF {dlf:g}"
+        ax.stairs(np.where(row > 0, row, np.nan), spectra.edges_keV, label=name, lw=0.8)
+    unit = "fraction of counts" if how == "unit" else "counts"
+    ax.set(xlabel="energy (keV)", ylabel=f"{unit} per bin", yscale="log")
+    ax.legend(fontsize="small", frameon=False)
+    return ax
+
+# %% ../../nbs/deadlayer/12_data.ipynb #10bad1d6
+def shared_data() -> Path | None:  # the folder that holds `V05268A`, or None
+    "Folder of published data: `$DEADLAYER_CRES_DATA`, else the first `../shared/data` above the current folder."
+    if name := os.environ.get("DEADLAYER_CRES_DATA"):
+        if not Path(name).is_dir():
+            raise ConfigError("a folder", repr(name), row="DEADLAYER_CRES_DATA", remedy="set it to the data, or unset it")
+        return Path(name)
+    here = Path.cwd()
+    places = (p.parent / "shared" / "data" for p in (here, *here.parents))
+    return next((p for p in places if p.is_dir()), None)

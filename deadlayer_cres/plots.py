@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['COLOURS', 'STYLE', 'figure', 'step_spectrum', 'mark_lines', 'coloured_spectrum', 'plot_roc', 'plot_history', 'Table',
-           'Section', 'png_bytes', 'save_png', 'html_report']
+           'Section', 'png_bytes', 'save_png', 'render_report', 'html_report']
 
-# %% ../nbs/03_plots.ipynb #0c14b6c2
+# %% ../nbs/03_plots.ipynb #915fccff
 import base64
 import io
 import os
@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from .core import DataError, atomic_path
 
-# %% ../nbs/03_plots.ipynb #31ee5e9c
+# %% ../nbs/03_plots.ipynb #aaf35da5
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # of the curves, in order
 STYLE = {  # Matplotlib settings of all figures of the library
     "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
@@ -35,7 +35,7 @@ STYLE = {  # Matplotlib settings of all figures of the library
     "figure.facecolor": "white", "savefig.facecolor": "white", "font.family": "DejaVu Sans", "image.cmap": "viridis",
 }
 
-# %% ../nbs/03_plots.ipynb #0cc41eec
+# %% ../nbs/03_plots.ipynb #6f9c20ed
 @contextmanager
 def figure(
     rows: int = 1,  # rows of axes
@@ -49,7 +49,7 @@ def figure(
         fig = Figure(figsize=(width, height), layout="constrained")
         yield fig, fig.subplots(rows, columns, **subplots_options)
 
-# %% ../nbs/03_plots.ipynb #0f5c8af9
+# %% ../nbs/03_plots.ipynb #cbeca509
 def step_spectrum(
     ax: Axes,
     edges,  # (bins + 1,) bin edges in keV
@@ -67,7 +67,7 @@ def step_spectrum(
     if log:
         ax.set_yscale("log")
 
-# %% ../nbs/03_plots.ipynb #14312b14
+# %% ../nbs/03_plots.ipynb #1fd946d8
 def mark_lines(
     ax: Axes,
     lines: Mapping[float, str],  # energy in keV -> label
@@ -80,7 +80,7 @@ def mark_lines(
             ax.axvline(energy, **({"color": "#888888", "linewidth": 0.6, "linestyle": ":", "zorder": 0} | style))
             ax.text(energy, 1.01, label, transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=7)
 
-# %% ../nbs/03_plots.ipynb #ad985c55
+# %% ../nbs/03_plots.ipynb #7c790171
 def coloured_spectrum(
     ax: Axes,
     edges,  # (bins + 1,) bin edges in keV
@@ -103,7 +103,7 @@ def coloured_spectrum(
     ax.set_ylim(floor, 2 * top.max())
     return ax.figure.colorbar(bars, ax=ax, label=label, pad=0.01)
 
-# %% ../nbs/03_plots.ipynb #25a86889
+# %% ../nbs/03_plots.ipynb #5025d1f7
 def plot_roc(
     ax: Axes,
     curves: Mapping[str, object],  # legend text -> object with `fpr`, `tpr`, `auc` and `error`, as `metrics.roc` gives
@@ -115,11 +115,13 @@ def plot_roc(
     ax.set(xlabel="false-positive rate", ylabel="true-positive rate", xlim=(-0.01, 1), ylim=(0, 1.01))
     ax.legend(loc="lower right")
 
-# %% ../nbs/03_plots.ipynb #af617430
+# %% ../nbs/03_plots.ipynb #5d5841b1
 def plot_history(
-    history: Mapping[str, Sequence[float]],  # column name -> one value per epoch; `epoch` itself is optional
+    history: Mapping[str, Sequence[float]] | Sequence[Mapping[str, float]],  # columns, or one row per epoch
 ) -> Figure:
     "Loss and accuracy against epoch; raises `DataError` where there is neither."
+    if not isinstance(history, Mapping):
+        history = {k: [row[k] for row in history] for k in (history[0] if history else ())}
     columns = {k: np.asarray(v, float) for k, v in history.items() if k != "epoch"}
     sides = {"loss": [k for k in columns if k.endswith("loss")], "accuracy": [k for k in columns if "accuracy" in k]}
     sides = {side: names for side, names in sides.items() if names}
@@ -136,7 +138,7 @@ def plot_history(
             axes[0, 0].set_yscale("log")
     return fig
 
-# %% ../nbs/03_plots.ipynb #f5c39784
+# %% ../nbs/03_plots.ipynb #83d17933
 @dataclass
 class Table:
     """A table of a report; the first cell of each row names it."""
@@ -155,7 +157,7 @@ class Section:
     tables: Sequence[Table] = ()
     figures: Sequence[tuple[Figure, str]] = field(default=())  # figure and what it shows
 
-# %% ../nbs/03_plots.ipynb #87b22223
+# %% ../nbs/03_plots.ipynb #bcfa0b33
 def png_bytes(
     fig: Figure,
     dpi: int = 120,  # pixels per inch
@@ -170,7 +172,7 @@ def save_png(path: str | os.PathLike, fig: Figure, dpi: int = 120) -> None:
     with atomic_path(path) as part:
         part.write_bytes(png_bytes(fig, dpi))
 
-# %% ../nbs/03_plots.ipynb #1bc082e9
+# %% ../nbs/03_plots.ipynb #d123abd3
 CSS = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5b6068; --paper: #fff; --line: #d9dce1; --warn: #fff4d6; }
 @media (prefers-color-scheme: dark) {
@@ -189,7 +191,7 @@ figure { margin: 1.2rem 0; } img { max-width: 100%; background: #fff; border-rad
   figure, table, .warning { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 
-# %% ../nbs/03_plots.ipynb #4c32cbe4
+# %% ../nbs/03_plots.ipynb #a597bcde
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -218,17 +220,24 @@ PAGE = """<!doctype html>
 </html>
 """
 
-# %% ../nbs/03_plots.ipynb #bc1a9b25
+# %% ../nbs/03_plots.ipynb #1c9151c1
+def render_report(
+    title: str,
+    sections: Sequence[Section],
+) -> str:  # the HTML page
+    "A self-contained HTML page with text, warnings, tables and figures."
+    parts = [{"title": s.title, "text": s.text, "warnings": s.warnings, "tables": s.tables,
+              "images": [(base64.b64encode(png_bytes(fig)).decode(), alt) for fig, alt in s.figures]}
+             for s in sections]
+    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
+    return environment.from_string(PAGE).render(title=title, css=CSS, sections=parts)
+
 def html_report(
     path: str | os.PathLike,  # file to write
     title: str,
     sections: Sequence[Section],
 ) -> None:
-    "Write a self-contained HTML page with text, warnings, tables and figures, whole or not at all."
-    parts = [{"title": s.title, "text": s.text, "warnings": s.warnings, "tables": s.tables,
-              "images": [(base64.b64encode(png_bytes(fig)).decode(), alt) for fig, alt in s.figures]}
-             for s in sections]
-    environment = jinja2.Environment(autoescape=True, undefined=jinja2.StrictUndefined)
-    page = environment.from_string(PAGE).render(title=title, css=CSS, sections=parts)
+    "Write `render_report(title, sections)` to `path`, whole or not at all."
+    page = render_report(title, sections)
     with atomic_path(path) as part:
         part.write_text(page, encoding="utf-8")

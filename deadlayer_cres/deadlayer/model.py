@@ -6,7 +6,7 @@
 __all__ = ['QUANTILES', 'MODES', 'PairNetConfig', 'to_segments', 'SegmentEmbedding', 'Attention', 'ordered_quantiles',
            'dense_head', 'PairNet', 'published_config', 'count_parameters', 'pinball', 'LossConfig', 'PairLoss']
 
-# %% ../../nbs/deadlayer/14_model.ipynb #d85b06b8
+# %% ../../nbs/deadlayer/14_model.ipynb #a6c7ca10
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core import ConfigError
 
-# %% ../../nbs/deadlayer/14_model.ipynb #ed721b24
+# %% ../../nbs/deadlayer/14_model.ipynb #a6ea1e51
 QUANTILES = (0.1, 0.5, 0.9)
 MODES = {"fccd": 1, "signs": 2, "quantiles": 1 + len(QUANTILES)}
 
@@ -25,9 +25,9 @@ MODES = {"fccd": 1, "signs": 2, "quantiles": 1 + len(QUANTILES)}
 class PairNetConfig:
     "Shape of a `PairNet`; the defaults are the reference network."
     mode: Literal["quantiles", "signs", "fccd"] = "quantiles"
-    segment: int = 30  # bins per step of the recurrent layer
-    embedding: int = 96  # width of the embedding of a segment; 0: the bins go to the recurrent layer as they are
-    hidden: int = 96  # width of the recurrent layer, per direction
+    segment: int = 50  # bins per step of the recurrent layer
+    embedding: int = 64  # width of the embedding of a segment; 0: the bins go to the recurrent layer as they are
+    hidden: int = 64  # width of the recurrent layer, per direction
     layers: int = 1
     bidirectional: bool = True
     attention: Literal["multiplicative", "cosine"] = "multiplicative"
@@ -42,7 +42,7 @@ class PairNetConfig:
         if not 0 <= self.dropout < 1:
             raise ConfigError("a number in [0, 1)", str(self.dropout), row="dropout")
 
-# %% ../../nbs/deadlayer/14_model.ipynb #587b70b6
+# %% ../../nbs/deadlayer/14_model.ipynb #e1786289
 def to_segments(
     x: torch.Tensor,  # (n, channels, bins)
     segment: int,  # bins per segment
@@ -53,7 +53,7 @@ def to_segments(
     x = F.pad(x, (0, steps * segment - bins)).reshape(n, channels, steps, segment)
     return x.transpose(1, 2).reshape(n, steps, channels * segment)
 
-# %% ../../nbs/deadlayer/14_model.ipynb #de543c90
+# %% ../../nbs/deadlayer/14_model.ipynb #280b19ab
 class SegmentEmbedding(nn.Module):
     "A linear map of its own for every segment: (n, segments, width_in) to (n, segments, width_out)."
 
@@ -65,7 +65,7 @@ class SegmentEmbedding(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.einsum("nti,tio->nto", x, self.weight) + self.bias
 
-# %% ../../nbs/deadlayer/14_model.ipynb #f1b5583e
+# %% ../../nbs/deadlayer/14_model.ipynb #96d8e313
 class Attention(nn.Module):
     "Weighted sum of states (n, segments, width) by their match with a query (n, width)."
 
@@ -83,15 +83,16 @@ class Attention(nn.Module):
         attention = torch.softmax(score, dim=1)
         return torch.einsum("nt,ntw->nw", attention, states), attention
 
-# %% ../../nbs/deadlayer/14_model.ipynb #27e5e28b
+# %% ../../nbs/deadlayer/14_model.ipynb #d2c35581
 def ordered_quantiles(
     raw: torch.Tensor,  # (n, 3): width below, median, width above, all unconstrained
+    scale: torch.Tensor | float = 1.0,  # k, factor on both widths
 ) -> torch.Tensor:  # (n, 3) in [0, 1], increasing
     "The 10, 50 and 90 % quantiles from three unconstrained numbers."
     below, median, above = raw.unbind(1)
-    return torch.sigmoid(torch.stack([median - F.softplus(below), median, median + F.softplus(above)], 1))
+    return torch.sigmoid(torch.stack([median - scale * F.softplus(below), median, median + scale * F.softplus(above)], 1))
 
-# %% ../../nbs/deadlayer/14_model.ipynb #8f96d281
+# %% ../../nbs/deadlayer/14_model.ipynb #34403c05
 def dense_head(widths: list[int], batch_norm: bool, dropout: float) -> nn.Sequential:
     "Dense layers of the given widths, linear at the end."
     layers = []
@@ -100,7 +101,7 @@ def dense_head(widths: list[int], batch_norm: bool, dropout: float) -> nn.Sequen
         layers += [nn.Linear(wide, narrow), *norm, nn.LeakyReLU(), nn.Dropout(dropout)]
     return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
 
-# %% ../../nbs/deadlayer/14_model.ipynb #70d88273
+# %% ../../nbs/deadlayer/14_model.ipynb #3b84c3f4
 class PairNet(nn.Module):
     """Attention RNN over the channels of a pair: (n, channels, bins) to raw outputs (n, outputs).
 
@@ -117,6 +118,7 @@ class PairNet(nn.Module):
         self.rnn = nn.GRU(c.embedding or channels * c.segment, c.hidden, c.layers, batch_first=True,
                           bidirectional=c.bidirectional, dropout=c.dropout if c.layers > 1 else 0.0)
         self.attention = Attention(width, c.attention)
+        self.register_buffer("band_scale", torch.ones(()))
         self.head = dense_head([2 * width, *c.head, MODES[c.mode]], c.batch_norm, c.dropout)
 
     def forward(self, x: torch.Tensor, return_attention: bool = False):
@@ -131,10 +133,10 @@ class PairNet(nn.Module):
         context, attention = self.attention(states, query)
         raw = self.head(torch.cat([context, query], 1))
         if self.config.mode == "quantiles":
-            raw = torch.cat([raw[:, :1], ordered_quantiles(raw[:, 1:])], 1)
+            raw = torch.cat([raw[:, :1], ordered_quantiles(raw[:, 1:], self.band_scale)], 1)
         return (raw, attention) if return_attention else raw
 
-# %% ../../nbs/deadlayer/14_model.ipynb #58676661
+# %% ../../nbs/deadlayer/14_model.ipynb #4b8fe7a0
 def published_config(mode: Literal["quantiles", "signs", "fccd"] = "quantiles") -> PairNetConfig:
     "The architecture of the published RNN (A. Alexander, RNN_DeadLayerFit)."
     return PairNetConfig(mode=mode, segment=1, embedding=0, hidden=256, layers=2, head=[256], batch_norm=True, dropout=0.2)
@@ -143,7 +145,7 @@ def count_parameters(module: nn.Module) -> int:
     "Number of trainable parameters."
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
-# %% ../../nbs/deadlayer/14_model.ipynb #58b89e96
+# %% ../../nbs/deadlayer/14_model.ipynb #7c3c235c
 def pinball(
     target: torch.Tensor,  # (n,)
     quantiles: torch.Tensor,  # (n, levels)
@@ -154,7 +156,7 @@ def pinball(
     miss = target[:, None] - quantiles
     return torch.maximum(tau * miss, (tau - 1) * miss).mean()
 
-# %% ../../nbs/deadlayer/14_model.ipynb #c2a85094
+# %% ../../nbs/deadlayer/14_model.ipynb #130d8740
 @dataclass
 class LossConfig:
     "Weights of the parts of `PairLoss`."

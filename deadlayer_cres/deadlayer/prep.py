@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS', 'SOFTEN', 'Pairs', 'partner_ranges', 'propose_uniform', 'propose_log_uniform', 'PairSource',
            'pair_channels', 'InputConfig', 'PairInputs', 'PairConfig', 'PairBatches']
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #366c2ef1
+# %% ../../nbs/deadlayer/13_prep.ipynb #8f847648
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ import torch
 from ..core import ConfigError, DataError, FittedStep, default_device, torch_rng
 from .data import Spectra
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #5fb53108
+# %% ../../nbs/deadlayer/13_prep.ipynb #9081454a
 class Pairs(NamedTuple):
     "A batch of pairs of spectra; every field is a tensor of length n, or (n, bins) for the counts."
     counts1: torch.Tensor  # (n, bins) counts, in units of the measurement's exposure
@@ -27,7 +27,7 @@ class Pairs(NamedTuple):
     index2: torch.Tensor  # (n,) row in the second set
     labels: torch.Tensor  # (n, 4) FCCD1 [mm], FCCD2 [mm], DLF1, DLF2
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #0ccac1f6
+# %% ../../nbs/deadlayer/13_prep.ipynb #8123fb2c
 def partner_ranges(
     fccd1: torch.Tensor,  # (n1,) sorted, mm
     fccd2: torch.Tensor,  # (n2,) sorted, mm
@@ -52,7 +52,7 @@ def propose_uniform(
     before = torch.where(i > 0, total[(i - 1).clamp(min=0)], 0)
     return i, low[i] + number - before
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #4cbc607f
+# %% ../../nbs/deadlayer/13_prep.ipynb #4e5a311f
 def propose_log_uniform(
     fccd1: torch.Tensor,  # (n1,) sorted, mm
     fccd2: torch.Tensor,  # (n2,) sorted, mm
@@ -72,7 +72,7 @@ def propose_log_uniform(
     left = (right - 1).clamp(min=0)
     return i, torch.where((fccd2[left] - goal).abs() < (fccd2[right] - goal).abs(), left, right)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #eb7a3e11
+# %% ../../nbs/deadlayer/13_prep.ipynb #83afea42
 class PairSource:
     """Pairs of one spectrum of `first` and one of `second`, drawn as whole batches on `device`.
 
@@ -140,7 +140,7 @@ class PairSource:
         labels = torch.cat([self.labels1[i], self.labels2[j]], 1)[:, [0, 2, 1, 3]]
         return Pairs(a, b, self.rows1[i], self.rows2[j], labels)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #a333925c
+# %% ../../nbs/deadlayer/13_prep.ipynb #c32a7da4
 def _sorted_by_fccd(spectra, device):
     "Rows in FCCD order, expected counts of the measurement's exposure (n, bins), labels (n, 2)."
     if len(spectra) == 0:
@@ -153,7 +153,7 @@ def _sorted_by_fccd(spectra, device):
     labels = torch.as_tensor(np.stack([spectra.fccd_in_mm, spectra.dlf], 1)[rows], device=device)
     return torch.as_tensor(rows, device=device), mean, labels
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #316f995c
+# %% ../../nbs/deadlayer/13_prep.ipynb #432df7fe
 CHANNELS = ("difference", "pull", "log_difference", "ratio", "level")
 SOFTEN = 4.0
 
@@ -174,7 +174,7 @@ def pair_channels(
     }
     return torch.stack([made[c]() for c in channels], 1)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #27f40931
+# %% ../../nbs/deadlayer/13_prep.ipynb #3ee22976
 @dataclass
 class InputConfig:
     "What the network sees of a pair."
@@ -187,7 +187,7 @@ class InputConfig:
         if not self.channels or len(set(self.channels)) < len(self.channels) or set(self.channels) - set(CHANNELS):
             raise ConfigError(f"one or more different channels of {', '.join(CHANNELS)}", str(self.channels), row="channels")
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #cb55eca3
+# %% ../../nbs/deadlayer/13_prep.ipynb #5f3933a7
 class PairInputs(FittedStep):
     "Batch step: counts of two spectra, each (n, bins), to scaled channels (n, channels, bins); `fit` it first."
 
@@ -248,11 +248,12 @@ def _spread(x):
     std = x.std(0)
     return torch.where(std > 1e-6, std, torch.ones_like(std))
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #f8bc79dc
+# %% ../../nbs/deadlayer/13_prep.ipynb #db9a9903
 @dataclass
 class PairConfig:
     "Which pairs a network is trained on."
-    reference: Literal["same", "dlf1", "mixed"] = "mixed"  # second spectrum: any DLF, DLF = 1, or both
+    first: Literal["random_dlf", "dlf1"] = "random_dlf"  # first spectrum: with a random DLF, or with DLF = 1
+    reference: Literal["same", "dlf1", "mixed"] = "mixed"  # second spectrum: like the first, with DLF = 1, or both
     noise: Literal["poisson", "none"] = "poisson"
     how: Literal["uniform", "log_uniform"] = "log_uniform"
     max_dfccd_in_mm: float | None = None
@@ -275,7 +276,7 @@ class PairConfig:
         return {"max_dfccd_in_mm": self.max_dfccd_in_mm, "max_ddlf": self.max_ddlf, "how": self.how,
                 "min_dfccd_in_mm": self.min_dfccd_in_mm}
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #34d6b262
+# %% ../../nbs/deadlayer/13_prep.ipynb #2f58a845
 class PairBatches:
     "An iterable of `n_batches` batches (counts1, counts2, labels), fresh in each epoch unless `fixed`."
 

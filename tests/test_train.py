@@ -521,6 +521,18 @@ def test_resume_refuses_other_settings(tmp_path, capsys):
     assert all(torch.equal(v, last[k]) for k, v in learn.pipeline.state_dict().items())
 
 
+def test_open_completes_what_a_kill_left_behind(tmp_path):
+    conf = config(monitor="fake")
+    run = new_run(tmp_path / "a", conf)
+    fit(learner(conf, metrics=[scripted([4, 3, 2, 1])]), run)
+    paths = [run.path / "model.safetensors", run.path / "history.csv"]
+    before = [p.read_bytes() for p in paths]
+    for path in paths:
+        path.unlink()
+    Run.open(run.path)
+    assert before == [p.read_bytes() for p in paths]
+
+
 def test_early_stopping_and_plateau_survive_a_resume(tmp_path):
     class Bang(Callback):
         def before_batch(self):

@@ -521,6 +521,18 @@ def test_resume_refuses_other_settings(tmp_path, capsys):
     assert all(torch.equal(v, last[k]) for k, v in learn.pipeline.state_dict().items())
 
 
+def test_open_completes_what_a_kill_left_behind(tmp_path):
+    conf = config(monitor="fake")
+    run = new_run(tmp_path / "a", conf)
+    fit(learner(conf, metrics=[scripted([4, 3, 2, 1])]), run)
+    paths = [run.path / "model.safetensors", run.path / "history.csv"]
+    before = [p.read_bytes() for p in paths]
+    for path in paths:
+        path.unlink()
+    Run.open(run.path)
+    assert before == [p.read_bytes() for p in paths]
+
+
 def test_early_stopping_and_plateau_survive_a_resume(tmp_path):
     class Bang(Callback):
         def before_batch(self):
@@ -546,9 +558,10 @@ def test_early_stopping_and_plateau_survive_a_resume(tmp_path):
 
 def train_to_the_end(path, pause=0.0):
     "What a user's program does: make the run or open it, then fit. A resumed one starts from other weights."
-    run = Run.open(path, trained=False) if Path(path).exists() else new_run(path)
+    conf = config(epochs=3)
+    run = Run.open(path, trained=False) if Path(path).exists() else new_run(path, conf)
     seed = 1 + time.time_ns() % 99 if run.checkpoint_state() else 0
-    fit(learner(pipe=pipeline(seed), pause=pause), run, resume=True)
+    fit(learner(conf, pipeline(seed), pause=pause), run, resume=True)
 
 
 def in_child(work) -> int:
@@ -594,7 +607,7 @@ def test_killed_around_every_rename(tmp_path, monkeypatch):
         in_child(lambda path=path: train_to_the_end(path))
         same(Run(whole), Run.open(path))
         assert not list(path.glob(".*"))
-    assert n > 10
+    assert n > 8
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

@@ -8,7 +8,7 @@ __all__ = ['MATERIALS', 'HC_KEV_ANGSTROM', 'LEVELS_KEV', 'CAPTURE', 'TRANSITIONS
            'inside', 'active_volume_cm3', 'Setup', 'CrossSections', 'cross_sections', 'scattering_functions',
            'linear_activeness', 'exponential_linear_activeness', 'fwhm_keV', 'Transition', 'line_intensities']
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #f76b0de8
+# %% ../../nbs/deadlayer/10_detector.ipynb #b47acc18
 from dataclasses import dataclass, field
 from functools import cache
 
@@ -18,7 +18,7 @@ from scipy.special import lambertw
 
 from ..core import ConfigError
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #1aae6743
+# %% ../../nbs/deadlayer/10_detector.ipynb #431ff779
 @dataclass(frozen=True)
 class Crystal:
     "A cylinder with a borehole from the top; n+ contact everywhere but in the centre of the bottom; lengths in mm."
@@ -42,7 +42,7 @@ class Crystal:
             raise ConfigError("nplus_free_radius_mm between 0 and radius_mm", f"{self.nplus_free_radius_mm}",
                               row="Crystal")
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #70fe0287
+# %% ../../nbs/deadlayer/10_detector.ipynb #2cf7ca58
 def volume_cm3(crystal: Crystal) -> float:
     "Volume of the germanium in cm³."
     bore = crystal.borehole_radius_mm**2 * crystal.borehole_depth_mm
@@ -52,7 +52,7 @@ def mass_g(crystal: Crystal) -> float:
     "Mass of the germanium in g."
     return volume_cm3(crystal) * crystal.density_g_per_cm3
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #d55d6a88
+# %% ../../nbs/deadlayer/10_detector.ipynb #8844ee78
 def distance_to_nplus_mm(
     x: np.ndarray,  # position in mm, any broadcastable shapes
     y: np.ndarray,
@@ -77,7 +77,7 @@ def inside(x, y, z, crystal: Crystal) -> np.ndarray:
     hole = (r2 < crystal.borehole_radius_mm**2) & (z > crystal.height_mm - crystal.borehole_depth_mm)
     return (r2 <= crystal.radius_mm**2) & (z >= 0) & (z <= crystal.height_mm) & ~hole
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #afcfc627
+# %% ../../nbs/deadlayer/10_detector.ipynb #b0e57be8
 def active_volume_cm3(
     crystal: Crystal,  # the geometry
     fccd_in_mm: float,  # FCCD of the outer surface in mm
@@ -95,7 +95,7 @@ def active_volume_cm3(
         volume -= np.pi * b**2 * g + 2 * np.pi * (b * np.pi * g**2 / 4 + g**3 / 3)
     return volume * 1e-3
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #fe589fe2
+# %% ../../nbs/deadlayer/10_detector.ipynb #d3593037
 @dataclass(frozen=True)
 class Setup:
     "A point source on the crystal's axis, and what lies between. Lengths in mm."
@@ -131,7 +131,7 @@ class Setup:
                 (self.endcap_material, self.endcap_thickness_mm, lid),
                 ("polyethylene", self.wrap_thickness_mm, top + self.wrap_thickness_mm / 2))
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #6b1b8602
+# %% ../../nbs/deadlayer/10_detector.ipynb #5c8c0f27
 MATERIALS = {
     "Ge": (5.323, {32: 1.0}),
     "Al": (2.84, {13: 1.0}),
@@ -140,7 +140,7 @@ MATERIALS = {
 }
 "Density in g/cm³ and mass fractions by atomic number."
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #21b488f9
+# %% ../../nbs/deadlayer/10_detector.ipynb #8a805af2
 @dataclass(frozen=True, eq=False)
 class CrossSections:
     "Linear attenuation coefficients of one material against photon energy."
@@ -164,7 +164,7 @@ class CrossSections:
         "Share of photons that cross `thickness_mm` without any interaction."
         return np.exp(-self.total(energy_keV) * thickness_mm)
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #6114df2a
+# %% ../../nbs/deadlayer/10_detector.ipynb #c891699e
 @cache
 def cross_sections(
     material: str,  # a key of `MATERIALS`
@@ -184,7 +184,7 @@ def cross_sections(
              for f in (xrl.CS_Photo, xrl.CS_Compt, xrl.CS_Rayl)]
     return CrossSections(material, energy, *(density * 0.1 * mu for mu in table))  # cm²/g x g/cm³ x cm/mm
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #b9ebc571
+# %% ../../nbs/deadlayer/10_detector.ipynb #6d0a2602
 HC_KEV_ANGSTROM = 12.398419843320026
 "Planck's constant times the speed of light in keV Å (exact in the SI of 2019)."
 
@@ -197,7 +197,7 @@ def scattering_functions(z: int = 32, points: int = 600) -> tuple[np.ndarray, np
     s = np.array([xrl.SF_Compt(z, v) for v in q.tolist()]) / z
     return q, np.clip(s, 0, 1), np.array([xrl.FF_Rayl(z, v) for v in q.tolist()])
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #e3e0dbc9
+# %% ../../nbs/deadlayer/10_detector.ipynb #ac7d2644
 def _where(mask, a, b):
     "`torch.where` for tensors, `np.where` for the rest."
     return torch.where(mask, torch.as_tensor(a), torch.as_tensor(b)) if torch.is_tensor(mask) else np.where(mask, a, b)
@@ -209,7 +209,7 @@ def _check(name: str, value, low: float, high: float = np.inf) -> None:
         span = f"between {low:g} and {high:g}" if np.isfinite(high) else f"finite and not below {low:g}"
         raise ConfigError(f"{name} {span}", f"{values.min():g} to {values.max():g}", row=name)
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #23403236
+# %% ../../nbs/deadlayer/10_detector.ipynb #7bbf2099
 def linear_activeness(
     depth_mm,  # depth under the n+ surface in mm, array or tensor; NaN means unknown and counts as active
     fccd_in_mm,  # full charge collection depth in mm, >= 0; number, array or tensor that broadcasts with the depth
@@ -227,7 +227,7 @@ def linear_activeness(
     ramp = (depth_mm - dead) / (width + (width == 0))
     return _where((depth_mm > fccd_in_mm) | (depth_mm != depth_mm), 1.0, _where(depth_mm <= dead, 0.0, ramp))
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #ddf6456c
+# %% ../../nbs/deadlayer/10_detector.ipynb #4b3a945f
 def exponential_linear_activeness(
     depth_mm,  # depth under the n+ surface in mm, array or tensor; NaN counts as active
     fccd_in_mm: float,  # full charge collection depth F in mm, >= 0
@@ -253,7 +253,7 @@ def exponential_linear_activeness(
     curve = _where(depth_mm < turn, rise - b / a * np.exp(-turn / b), 1 + (depth_mm - f) / a)
     return _where((depth_mm > f) | (depth_mm != depth_mm), 1.0, curve)
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #6b019da8
+# %% ../../nbs/deadlayer/10_detector.ipynb #d9866995
 def fwhm_keV(
     energy_keV,  # energy in keV, number or array
     a: float = 0.32168,  # electronic noise, keV²
@@ -262,7 +262,7 @@ def fwhm_keV(
     "Full width at half maximum of a peak, sqrt(a + b E); divide by 2.3548 for the standard deviation."
     return np.sqrt(a + b * np.maximum(energy_keV, 0))
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #dc3db31d
+# %% ../../nbs/deadlayer/10_detector.ipynb #4f05f11b
 @dataclass(frozen=True)
 class Transition:
     "A step between two levels of Cs-133."
@@ -291,7 +291,7 @@ TRANSITIONS = (
 )
 "The steps of the cascade, upper levels first."
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #b798ed71
+# %% ../../nbs/deadlayer/10_detector.ipynb #67bf066a
 CS_K_YIELD = 0.894
 "K X-rays per K vacancy of caesium."
 CS_K_LINES = ((30.973, 0.525), (30.625, 0.284), (34.987, 0.101), (34.920, 0.052), (35.823, 0.028))
@@ -305,7 +305,7 @@ GE_K_EDGE_KEV = 11.103
 GE_K_SHARE = 1 - 1 / 7.392
 "Share of photoelectric effects above the edge that happen in the K shell: 1 - 1 / (jump at the edge)."
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #03056d8e
+# %% ../../nbs/deadlayer/10_detector.ipynb #5329d681
 def line_intensities() -> dict[float, float]:  # photon energy in keV -> photons per decay
     "Expected photons per decay of Ba-133 by the decay scheme: gamma lines, and the K X-rays of caesium by line."
     feeding = {level: p for level, p, _ in CAPTURE}

@@ -5,9 +5,9 @@
 # %% auto #0
 __all__ = ['ELECTRON_MASS_KEV', 'ELECTRON_MASS_EV', 'InputError', 'DataError', 'ConfigError', 'RunError', 'NotFittedError',
            'derive_seed', 'numpy_rng', 'torch_rng', 'seed_everything', 'default_device', 'atomic_path', 'to_plain',
-           'write_json', 'read_json', 'checksum', 'environment', 'progress']
+           'write_json', 'read_json', 'FittedStep', 'checksum', 'environment', 'progress']
 
-# %% ../nbs/00_core.ipynb #1a29ef51
+# %% ../nbs/00_core.ipynb #c8d75c3b
 import contextlib
 import dataclasses
 import hashlib
@@ -19,16 +19,17 @@ import random
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import which
 
 import numpy as np
 import torch
+from torch import nn
 from tqdm.auto import tqdm
 
-# %% ../nbs/00_core.ipynb #c9a8d580
+# %% ../nbs/00_core.ipynb #b9a67806
 class InputError(Exception):
     """Something the user gave cannot be used; `str()` of it is one line that says how to mend it."""
 
@@ -49,7 +50,7 @@ class InputError(Exception):
         text = f"{where}expected {self.expected}, found {self.found}"
         return text + (f"; {self.remedy}" if self.remedy else "")
 
-# %% ../nbs/00_core.ipynb #7a9bfe7e
+# %% ../nbs/00_core.ipynb #49de1428
 class DataError(InputError):
     """A data file or array is missing, damaged or physically impossible."""
 
@@ -62,7 +63,7 @@ class RunError(InputError):
 class NotFittedError(RuntimeError):
     """A step with fitted statistics was used before `fit` or before its weights were loaded."""
 
-# %% ../nbs/00_core.ipynb #72804b35
+# %% ../nbs/00_core.ipynb #671308b9
 def derive_seed(
     seed: int,  # the user's seed
     *names: int | str,  # what the stream is for
@@ -71,7 +72,7 @@ def derive_seed(
     text = json.dumps([int(seed), *names]).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
-# %% ../nbs/00_core.ipynb #21fd3f4e
+# %% ../nbs/00_core.ipynb #5ff3b00a
 def numpy_rng(seed: int, *names: int | str) -> np.random.Generator:
     "A NumPy generator for the stream called `names` under `seed`."
     return np.random.default_rng(derive_seed(seed, *names))
@@ -80,7 +81,7 @@ def torch_rng(seed: int, *names: int | str, device: str | torch.device = "cpu") 
     "A torch generator on `device` for the stream called `names` under `seed`."
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *names))
 
-# %% ../nbs/00_core.ipynb #4b1edf20
+# %% ../nbs/00_core.ipynb #a339bcf8
 def seed_everything(seed: int, *names: int | str) -> None:
     "Seed Python, NumPy and torch (all devices) from `seed` and `names`."
     value = derive_seed(seed, *names)
@@ -88,7 +89,7 @@ def seed_everything(seed: int, *names: int | str) -> None:
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
 
-# %% ../nbs/00_core.ipynb #36724898
+# %% ../nbs/00_core.ipynb #9f1d9a93
 def default_device() -> torch.device:
     "The device to compute on: `$DEADLAYER_CRES_DEVICE` if set, else CUDA if present, else the CPU."
     name = os.environ.get("DEADLAYER_CRES_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -100,7 +101,7 @@ def default_device() -> torch.device:
                           remedy="set it to cpu or cuda, or unset it") from e
     return device
 
-# %% ../nbs/00_core.ipynb #aa0ad0bf
+# %% ../nbs/00_core.ipynb #7a327e01
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     "Yield a temporary path that becomes `path` when the block succeeds and vanishes when it fails."
@@ -120,7 +121,7 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #d3adeec4
+# %% ../nbs/00_core.ipynb #468906d8
 def to_plain(obj):
     "Turn dataclasses, arrays, paths and non-finite floats into what JSON and YAML can hold."
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
@@ -135,7 +136,7 @@ def to_plain(obj):
         return None
     return os.fspath(obj) if isinstance(obj, os.PathLike) else obj
 
-# %% ../nbs/00_core.ipynb #ed7b9c06
+# %% ../nbs/00_core.ipynb #2eb4997a
 def write_json(path: str | os.PathLike, obj) -> None:
     "Write `obj` to `path` as indented JSON, whole or not at all."
     with atomic_path(path) as part:
@@ -148,7 +149,47 @@ def read_json(path: str | os.PathLike):
     except (OSError, ValueError) as e:
         raise DataError("a readable JSON file", f"{type(e).__name__}: {e}", path) from e
 
-# %% ../nbs/00_core.ipynb #fe78d879
+# %% ../nbs/00_core.ipynb #117626df
+def _mark_fitted(step: "FittedStep", _) -> None:
+    "After loading: whether the saved step had been fitted, read once and not from the GPU at every batch."
+    step._ready = bool(step.fitted)
+
+class FittedStep(nn.Module):
+    "A batch step with fitted statistics. Subclasses write `fit(...)`, ending in `set_statistics`, and `forward`."
+
+    def __init__(
+        self,
+        **sizes: int | Sequence[int],  # the name of each statistic and its shape; () for a single number
+    ):
+        super().__init__()
+        for name, size in sizes.items():
+            self.register_buffer(name, torch.zeros((size,) if isinstance(size, int) else tuple(size)))
+        self.register_buffer("fitted", torch.tensor(False))
+        self._names, self._ready = tuple(sizes), False
+        self.register_load_state_dict_post_hook(_mark_fitted)
+
+    def set_statistics(self, **values) -> "FittedStep":
+        "Store the fitted `values`, one for each name in the constructor, and mark the step fitted."
+        if set(values) != set(self._names):
+            raise TypeError(f"{type(self).__name__}: expected statistics {self._names}, found {tuple(values)}")
+        new = {k: torch.as_tensor(v, dtype=getattr(self, k).dtype) for k, v in values.items()}
+        for k, v in new.items():
+            want = tuple(getattr(self, k).shape)
+            if tuple(v.shape) != want or not torch.isfinite(v).all():
+                found = f"shape {tuple(v.shape)}" if tuple(v.shape) != want else "values that are not finite"
+                raise DataError(f"a finite statistic of shape {want}", found, row=f"{type(self).__name__}.{k}")
+        for k, v in new.items():
+            getattr(self, k).copy_(v)
+        self.fitted.fill_(True)
+        self._ready = True
+        return self
+
+    def __call__(self, *args, **kwargs):
+        if not self._ready:
+            raise NotFittedError(f"{type(self).__name__} has no statistics yet: call fit, or load trained weights")
+        return super().__call__(*args, **kwargs)
+
+# %% ../nbs/00_core.ipynb #94267b77
 def checksum(*arrays: np.ndarray) -> str:  # 64 hexadecimal digits
     "SHA-256 of the dtype, shape and content of `arrays`, in order."
     h = hashlib.sha256()
@@ -157,7 +198,7 @@ def checksum(*arrays: np.ndarray) -> str:  # 64 hexadecimal digits
         h.update(a.view(np.uint8).data if a.size else b"")
     return h.hexdigest()
 
-# %% ../nbs/00_core.ipynb #6763cef1
+# %% ../nbs/00_core.ipynb #90a20883
 def environment() -> dict:
     "Versions, device and git commit of the running program."
     def installed(name):
@@ -178,12 +219,12 @@ def environment() -> dict:
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else [],
     }
 
-# %% ../nbs/00_core.ipynb #d0164397
+# %% ../nbs/00_core.ipynb #3e12b4d3
 def progress(items: Iterable, desc: str = "", total: int | None = None, unit: str = "it", **kwargs) -> tqdm:
     "Iterate over `items` with a progress bar."
     return tqdm(items, desc=desc, total=total, unit=unit, mininterval=0.3, dynamic_ncols=True, file=sys.stderr, **kwargs)
 
-# %% ../nbs/00_core.ipynb #fa1596c4
+# %% ../nbs/00_core.ipynb #78b7416d
 ELECTRON_MASS_KEV = 510.99895069
 "Rest energy of the electron in keV (CODATA 2022)."
 ELECTRON_MASS_EV = 1e3 * ELECTRON_MASS_KEV

@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS', 'SOFTEN', 'Pairs', 'partner_ranges', 'propose_uniform', 'propose_log_uniform', 'PairSource',
            'pair_channels', 'InputConfig', 'PairInputs', 'PairConfig', 'PairBatches']
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #430a9285
+# %% ../../nbs/deadlayer/13_prep.ipynb #366c2ef1
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -14,12 +14,11 @@ from typing import Literal, NamedTuple
 
 import numpy as np
 import torch
-from torch import nn
 
-from ..core import ConfigError, DataError, NotFittedError, default_device, torch_rng
+from ..core import ConfigError, DataError, FittedStep, default_device, torch_rng
 from .data import Spectra
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #bb681ff6
+# %% ../../nbs/deadlayer/13_prep.ipynb #5fb53108
 class Pairs(NamedTuple):
     "A batch of pairs of spectra; every field is a tensor of length n, or (n, bins) for the counts."
     counts1: torch.Tensor  # (n, bins) counts, in units of the measurement's exposure
@@ -28,7 +27,7 @@ class Pairs(NamedTuple):
     index2: torch.Tensor  # (n,) row in the second set
     labels: torch.Tensor  # (n, 4) FCCD1 [mm], FCCD2 [mm], DLF1, DLF2
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #658982d3
+# %% ../../nbs/deadlayer/13_prep.ipynb #0ccac1f6
 def partner_ranges(
     fccd1: torch.Tensor,  # (n1,) sorted, mm
     fccd2: torch.Tensor,  # (n2,) sorted, mm
@@ -53,7 +52,7 @@ def propose_uniform(
     before = torch.where(i > 0, total[(i - 1).clamp(min=0)], 0)
     return i, low[i] + number - before
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #1223ccfd
+# %% ../../nbs/deadlayer/13_prep.ipynb #4cbc607f
 def propose_log_uniform(
     fccd1: torch.Tensor,  # (n1,) sorted, mm
     fccd2: torch.Tensor,  # (n2,) sorted, mm
@@ -73,7 +72,7 @@ def propose_log_uniform(
     left = (right - 1).clamp(min=0)
     return i, torch.where((fccd2[left] - goal).abs() < (fccd2[right] - goal).abs(), left, right)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #a2b46806
+# %% ../../nbs/deadlayer/13_prep.ipynb #eb7a3e11
 class PairSource:
     """Pairs of one spectrum of `first` and one of `second`, drawn as whole batches on `device`.
 
@@ -96,6 +95,7 @@ class PairSource:
         if self.mean1.shape[1] != self.mean2.shape[1]:
             raise DataError(f"{self.mean1.shape[1]} bins in both sets", f"{self.mean2.shape[1]} in the second",
                             remedy="cut both to the same energy range")
+        self.edges_keV = torch.as_tensor(first.edges_keV, dtype=torch.float32, device=self.device)
         self._ranges = {}  # window -> partner_ranges
 
     def _propose(self, n, window, how, min_dfccd_in_mm, generator):
@@ -140,7 +140,7 @@ class PairSource:
         labels = torch.cat([self.labels1[i], self.labels2[j]], 1)[:, [0, 2, 1, 3]]
         return Pairs(a, b, self.rows1[i], self.rows2[j], labels)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #6cd67dbb
+# %% ../../nbs/deadlayer/13_prep.ipynb #a333925c
 def _sorted_by_fccd(spectra, device):
     "Rows in FCCD order, expected counts of the measurement's exposure (n, bins), labels (n, 2)."
     if len(spectra) == 0:
@@ -153,7 +153,7 @@ def _sorted_by_fccd(spectra, device):
     labels = torch.as_tensor(np.stack([spectra.fccd_in_mm, spectra.dlf], 1)[rows], device=device)
     return torch.as_tensor(rows, device=device), mean, labels
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #501f6e44
+# %% ../../nbs/deadlayer/13_prep.ipynb #316f995c
 CHANNELS = ("difference", "pull", "log_difference", "ratio", "level")
 SOFTEN = 4.0
 
@@ -174,7 +174,7 @@ def pair_channels(
     }
     return torch.stack([made[c]() for c in channels], 1)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #601d067c
+# %% ../../nbs/deadlayer/13_prep.ipynb #27f40931
 @dataclass
 class InputConfig:
     "What the network sees of a pair."
@@ -187,35 +187,30 @@ class InputConfig:
         if not self.channels or len(set(self.channels)) < len(self.channels) or set(self.channels) - set(CHANNELS):
             raise ConfigError(f"one or more different channels of {', '.join(CHANNELS)}", str(self.channels), row="channels")
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #3bd6d219
-class PairInputs(nn.Module):
+# %% ../../nbs/deadlayer/13_prep.ipynb #cb55eca3
+class PairInputs(FittedStep):
     "Batch step: counts of two spectra, each (n, bins), to scaled channels (n, channels, bins); `fit` it first."
 
     def __init__(self, bins: int, config: InputConfig | None = None):
-        super().__init__()
         self.config = config or InputConfig()
         self.channels = tuple(self.config.channels)
-        shapes = {"mean1": (bins,), "std1": (bins,), "mean2": (bins,), "std2": (bins,)}
-        shapes |= {"mean": (len(self.channels), bins), "std": (len(self.channels), bins)}
-        for name, shape in shapes.items():
-            self.register_buffer(name, torch.zeros(shape) if "mean" in name else torch.ones(shape))
-        self.register_buffer("fitted", torch.tensor(False))
+        channels = (len(self.channels), bins)
+        super().__init__(edges_keV=bins + 1, mean1=bins, std1=bins, mean2=bins, std2=bins, mean=channels, std=channels)
 
-    def _standardise(self, counts, which):
-        return (counts - getattr(self, f"mean{which}")) / getattr(self, f"std{which}")
+    def forward(self, counts1: torch.Tensor, counts2: torch.Tensor) -> torch.Tensor:
+        return (self.raw(counts1, counts2, self._buffers) - self.mean) / self.std
 
-    def raw(self, counts1: torch.Tensor, counts2: torch.Tensor) -> torch.Tensor:
-        "The channels before scaling."
+    def raw(self, counts1: torch.Tensor, counts2: torch.Tensor, statistics: dict) -> torch.Tensor:
+        "The channels before scaling; `statistics` holds mean1, std1, mean2, std2 for the standard scores."
         if self.config.unit_area:
             area1, area2 = counts1.sum(1, keepdim=True), counts2.sum(1, keepdim=True)
             common = (area1 + area2) / 2
             counts1, counts2 = counts1 * (common / area1), counts2 * (common / area2)
-        return pair_channels(counts1, counts2, self.channels, self._standardise)
 
-    def forward(self, counts1: torch.Tensor, counts2: torch.Tensor) -> torch.Tensor:
-        if not self.fitted:
-            raise NotFittedError("PairInputs has no statistics yet: call fit(source) on training pairs or load weights")
-        return (self.raw(counts1, counts2) - self.mean) / self.std
+        def standardise(counts, which):
+            return (counts - statistics[f"mean{which}"]) / statistics[f"std{which}"]
+
+        return pair_channels(counts1, counts2, self.channels, standardise)
 
     @torch.no_grad()
     def fit(
@@ -229,25 +224,31 @@ class PairInputs(nn.Module):
         means = [source.mean1, source.mean2]
         if self.config.scalers == "one":
             means = [torch.cat(means)] * 2
+        found = {"edges_keV": source.edges_keV}
         for which, m in zip("12", means, strict=True):
-            getattr(self, f"mean{which}").copy_(m.mean(0))
-            getattr(self, f"std{which}").copy_(_spread(m))
+            found |= {f"mean{which}": m.mean(0), f"std{which}": _spread(m)}
         pairs = source.draw(n, generator=torch_rng(seed, "scaling", device=source.device), **draw_options)
-        x = self.raw(pairs.counts1, pairs.counts2)
-        self.mean.copy_(x.mean(0))
-        self.std.copy_(_spread(x))
+        x = self.raw(pairs.counts1, pairs.counts2, found)
+        mean, std = x.mean(0), _spread(x)
         if "pull" in self.channels:
-            self.mean[self.channels.index("pull")] = 0
-            self.std[self.channels.index("pull")] = 1
-        self.fitted.fill_(True)
-        return self
+            k = self.channels.index("pull")
+            mean[k], std[k] = 0, 1
+        return self.set_statistics(**found, mean=mean, std=std)
+
+    def check_edges(self, edges_keV: np.ndarray) -> None:
+        "Raise `DataError` unless spectra have the bins that the network was trained on."
+        mine = self.edges_keV.cpu().numpy()
+        if mine.shape != np.shape(edges_keV) or not np.allclose(mine, edges_keV, atol=1e-3):
+            raise DataError(f"{len(mine) - 1} bins from {mine[0]:g} to {mine[-1]:g} keV",
+                            f"{len(edges_keV) - 1} bins from {edges_keV[0]:g} to {edges_keV[-1]:g} keV",
+                            remedy="cut and rebin the spectra as those of the training")
 
 def _spread(x):
     "Standard deviation over the batch; 1 where nothing varies."
     std = x.std(0)
     return torch.where(std > 1e-6, std, torch.ones_like(std))
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #cedaed1b
+# %% ../../nbs/deadlayer/13_prep.ipynb #f8bc79dc
 @dataclass
 class PairConfig:
     "Which pairs a network is trained on."
@@ -274,7 +275,7 @@ class PairConfig:
         return {"max_dfccd_in_mm": self.max_dfccd_in_mm, "max_ddlf": self.max_ddlf, "how": self.how,
                 "min_dfccd_in_mm": self.min_dfccd_in_mm}
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #19aa8820
+# %% ../../nbs/deadlayer/13_prep.ipynb #34d6b262
 class PairBatches:
     "An iterable of `n_batches` batches (counts1, counts2, labels), fresh in each epoch unless `fixed`."
 

@@ -1,0 +1,57 @@
+# `make` alone lists what can be done here. A machine needs only git, make, bash and Python 3.10 to 3.13.
+BIN := .venv/bin
+READY := .venv/.ready
+NB ?= $(shell git ls-files -co --exclude-standard 'nbs/*.ipynb')
+OUT ?= demo
+STEPS ?=
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test lab notebooks sync docs bench hooks clean
+
+help: ## list the targets
+	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+
+$(READY): settings.ini setup.py pyproject.toml constraints.txt .ci/install
+	@.ci/install
+
+demo: $(READY) ## a small run from simulated spectra to an answer with its uncertainty; OUT=demo
+	@$(BIN)/deadlayer demo --out $(OUT)
+
+test: $(READY) ## every check of the continuous integration; STEPS="style notebooks" for some of them
+	@.ci/checks $(STEPS)
+
+lab: $(READY) ## JupyterLab on the notebooks; they are cleaned as they are saved
+	@PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter \
+		--LabApp.default_url=/lab/tree/nbs
+
+notebooks: $(READY) ## execute the notebooks, store their outputs, clean and export; NB=nbs/00_core.ipynb for one
+	@for nb in $(NB); do \
+		echo "$$nb"; \
+		TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace \
+			--ExecutePreprocessor.timeout=1800 "$$nb" || exit 1; \
+	done
+	@.ci/sync
+
+sync: $(READY) ## clean the notebooks, export the modules, write README.md
+	@.ci/sync
+
+docs: $(READY) ## the documentation site, in _docs
+	@if command -v quarto > /dev/null; then \
+		PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs && .ci/sync && echo "open _docs/index.html"; \
+	else \
+		echo "make docs needs the program quarto (quarto.org, version 1.4 or newer): install it and run make docs again"; \
+	fi
+
+bench: $(READY) ## every bench/bench_*.py in turn; their numbers go to bench/results
+	@for script in $(sort $(wildcard bench/bench_*.py)); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+
+hooks: $(READY) ## git hooks of this clone: clean notebooks before a commit, merge them cell by cell
+	@git config --local core.hooksPath .githooks
+	@git config --local merge.nbdev-merge.name "merge notebooks cell by cell"
+	@git config --local merge.nbdev-merge.driver "$(BIN)/nbdev_merge %O %A %B %P"
+	@git config --local merge.regenerate.name "keep ours: make sync writes it anew"
+	@git config --local merge.regenerate.driver true
+	@echo "hooks installed; undo with: git config --unset core.hooksPath"
+
+clean: ## remove the environments and everything built
+	rm -rf .venv .venv-wheel .venv-newest .build build dist _docs _proc *.egg-info .ruff_cache .pytest_cache

@@ -142,11 +142,11 @@ def test_evaluate_writes_everything_and_compare_reads_it(test_set, tmp_path):
 
 
 def test_table_prints_and_doubts_are_raised(test_set):
-    sources = ev.test_sources(test_set, device="cpu")
+    sources = ev.pair_sources(test_set, device="cpu")
     metrics, _ = ev.collect_metrics(OraclePipeline(), sources, windows=(None,), n=100)
     out = io.StringIO()
     ev.print_table(metrics, Console(file=out, width=140))
-    assert "Pair accuracy" in out.getvalue() and "0.9947" in out.getvalue() and "DLF" in out.getvalue()
+    assert all(text in out.getvalue() for text in ("Pair accuracy", "0.9947 ± 0.0013", "[mm]", "DLF"))
     assert any("too wide" in d for d in ev.doubts(metrics))
     row = {"accuracy": 0.7, "error": 0.01}
     assert any("above the limit" in d for d in ev.doubts(metrics | {"limit": {"poisson": {"none": row}}}))
@@ -157,4 +157,4 @@ def test_table_prints_and_doubts_are_raised(test_set):
 
 def test_published_numbers():
     assert [r["accuracy"] for r in ev.PUBLISHED["restricted"].values()] == [.9947, .988, .986, .9393, .939, .611]
-    assert ev.PUBLISHED["full"]["0.1"] == {"accuracy": .7153, "auc": .653, "coverage": .890}
+    assert ev.PUBLISHED["full"]["0.1"] == {"accuracy": .7153, "auc": .653, "coverage": .890, "error": .0082, "n": 3000}

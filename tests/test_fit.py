@@ -20,7 +20,8 @@ EDGES = np.arange(31) * 15.0
 def mean(f, d):
     f, d, e = np.asarray(f, float)[:, None], np.asarray(d, float)[:, None], EDGES[:-1] + 7
     lines = sum(a * np.exp(-0.5 * ((e - x) / 12) ** 2) for a, x in ((60000, 80), (60000, 356)))
-    return lines * np.exp(-f * (0.6 + 0.4 * d) * np.exp(-e / 80)) + 5000 * np.exp(-e / 200 - 0.1 * f) * (1 + 0.2 * f * (1 - d))
+    smooth = 5000 * np.exp(-e / 200 - 0.1 * f) * (1 + 0.2 * f * (1 - d))
+    return lines * np.exp(-f * (0.6 + 0.4 * d) * np.exp(-e / 80)) + smooth
 
 
 def make(n, seed=0, exposure=5.0, dlf=None):

@@ -93,7 +93,8 @@ def test_report_is_one_escaped_file_and_whole_or_absent(tmp_path):
     with figure() as (fig, ax):
         ax.plot([1, 2])
     path = tmp_path / "report.html"
-    html_report(path, "a < b", [Section("s", ["x & y"], ["<script>"], [Table(["", "v"], [["r", 1]])], [(fig, 'a "plot"')])])
+    section = Section("s", ["x & y"], ["<script>"], [Table(["", "v"], [["r", 1]])], [(fig, 'a "plot"')])
+    html_report(path, "a < b", [section])
     page = path.read_text()
     assert "a &lt; b" in page and "x &amp; y" in page and "<script>" not in page and "&#34;plot&#34;" in page
     assert "data:image/png;base64," in page and "src=\"http" not in page and "prefers-color-scheme: dark" in page

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['anscombe', 'PCARegression', 'local_window', 'fisher_information', 'fisher_sigma', 'FisherLimit', 'limit_accuracy']
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #7f41344c
+# %% ../../nbs/deadlayer/16_fit.ipynb #f3efa623
 from typing import Literal
 
 import numpy as np
@@ -20,14 +20,14 @@ from ..core import ConfigError, DataError, NotFittedError, numpy_rng
 from .data import Spectra
 from ..metrics import Estimate
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #2aed0c09
+# %% ../../nbs/deadlayer/16_fit.ipynb #e5b73129
 def anscombe(
     counts,  # array of counts, any shape
 ) -> np.ndarray:  # float32, variance about 1 for Poisson counts above a few
     "Anscombe's variance-stabilising transform of Poisson counts."
     return (2 * np.sqrt(np.asarray(counts, np.float32) + 0.375)).astype(np.float32)
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #2c16d279
+# %% ../../nbs/deadlayer/16_fit.ipynb #283fd01d
 class PCARegression:
     """FCCD and DLF of a spectrum by principal components and polynomial regression.
 
@@ -77,7 +77,7 @@ class PCARegression:
         "As a classifier of pairs: the estimated FCCD1 - FCCD2, positive where spectrum 1 has the thicker layer."
         return (self.predict(counts1) - self.predict(counts2))[:, :1]
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #0ccc324e
+# %% ../../nbs/deadlayer/16_fit.ipynb #915d7040
 def local_window(
     fccd_in_mm, dlf,  # (n,) labels of all spectra
     at: tuple[float, float],  # FCCD in mm and DLF of the wanted point
@@ -94,7 +94,7 @@ def local_window(
     rows = np.flatnonzero(radius < grow)
     return rows, offset[rows] / grow, scale * grow
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #b33d32bd
+# %% ../../nbs/deadlayer/16_fit.ipynb #d374d0dd
 def fisher_information(
     spectra: Spectra,  # simulated spectra with different FCCD and DLF
     at: tuple[float, float],  # FCCD in mm and DLF
@@ -126,7 +126,7 @@ def fisher_information(
         information[:2, :2] -= excess
     return information
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #75141e45
+# %% ../../nbs/deadlayer/16_fit.ipynb #a9d3f5bc
 def fisher_sigma(
     information: np.ndarray,  # (..., 3, 3) from `fisher_information`
     dlf: Literal["free", "known"] = "free",
@@ -144,7 +144,7 @@ def fisher_sigma(
                         remedy="use more spectra or a wider window")
     return np.sqrt(variance)
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #1a1686ce
+# %% ../../nbs/deadlayer/16_fit.ipynb #60f50490
 class FisherLimit:
     """The best possible FCCD resolution of one measured spectrum, anywhere in the range of the simulated `spectra`."""
 
@@ -173,7 +173,7 @@ class FisherLimit:
                            np.clip(np.asarray(dlf, float), self.dlf[0], self.dlf[-1])], -1)
         return np.exp(RegularGridInterpolator((self.fccd_in_mm, self.dlf), table)(points))
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #7cabd9aa
+# %% ../../nbs/deadlayer/16_fit.ipynb #bbe66244
 def limit_accuracy(
     sigma1, sigma2,  # (n,) limits of both spectra, mm
     dfccd_in_mm,  # (n,) FCCD1 - FCCD2

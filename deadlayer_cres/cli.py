@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['VERBS', 'Parser', 'fail', 'guarded', 'add_simulate', 'simulate', 'random_labels', 'add_prepare', 'prepare',
-           'print_pairs', 'add_train', 'train', 'add_evaluate', 'evaluate', 'run_parts', 'add_infer', 'infer', 'answer',
-           'add_compare', 'compare', 'add_demo', 'demo_config', 'demo', 'pseudo_measurement', 'demo_rows', 'deadlayer']
+           'print_pairs', 'add_train', 'train', 'describe', 'add_evaluate', 'evaluate', 'run_parts', 'add_infer',
+           'infer', 'answer', 'add_compare', 'compare', 'add_demo', 'demo_config', 'demo', 'pseudo_measurement',
+           'demo_rows', 'deadlayer']
 
-# %% ../nbs/90_cli.ipynb #bf3c087b
+# %% ../nbs/90_cli.ipynb #b88603f3
 import os
 import sys
 import time
@@ -15,11 +16,12 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import NoReturn
 
+from fastcore.docments import docments
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from .core import ConfigError, InputError, NotFittedError, numpy_rng, to_plain, write_json
 
-# %% ../nbs/90_cli.ipynb #cb166b67
+# %% ../nbs/90_cli.ipynb #44ca67a9
 class Parser(ArgumentParser):
     "An argument parser whose errors take one line."
 
@@ -31,7 +33,7 @@ def fail(program: str, message: object) -> NoReturn:
     print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
-# %% ../nbs/90_cli.ipynb #fd1e5594
+# %% ../nbs/90_cli.ipynb #cd7097c1
 def guarded(program: str, act: Callable[[], None]) -> None:
     "Run `act`; what the user can mend ends in `fail`, an interrupt in exit code 130."
     try:
@@ -45,7 +47,7 @@ def guarded(program: str, act: Callable[[], None]) -> None:
         print(f"{program}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
-# %% ../nbs/90_cli.ipynb #d5befc92
+# %% ../nbs/90_cli.ipynb #789f864d
 def add_simulate(p: Parser) -> None:
     p.add_argument("--out", type=str, help="store to write (HDF5)")
     p.add_argument("--folder", type=str, help="folder to write in the published layout, one file a spectrum")
@@ -53,9 +55,9 @@ def add_simulate(p: Parser) -> None:
     p.add_argument("--dlf1", type=int, default=200, help="number of spectra with random FCCD and DLF = 1")
     p.add_argument("--max_fccd_in_mm", type=float, default=2.0, help="FCCD is uniform from 0 to this")
     p.add_argument("--decays", type=int, default=5_000_000, help="decays of Ba-133 in each spectrum")
-    p.add_argument("--independent", type=bool, default=False, help="new decays for each spectrum: slow, but no shared noise")
+    p.add_argument("--independent", action="store_true", help="new decays for each spectrum: slow, but no shared noise")
     p.add_argument("--seed", type=int, default=0)
-    p.add_argument("--overwrite", type=bool, default=False, help="replace what is there")
+    p.add_argument("--overwrite", action="store_true", help="replace what is there")
 
 def simulate(args: Namespace) -> None:
     "Simulate Ba-133 spectra of the built-in detector for random FCCD and DLF."
@@ -73,7 +75,7 @@ def simulate(args: Namespace) -> None:
         write_folder(spectra, args.folder, overwrite=args.overwrite)
     print(f"{spectra!r}\n{' and '.join(filter(None, (args.out, args.folder)))} in {time.perf_counter() - start:.0f} s")
 
-# %% ../nbs/90_cli.ipynb #2485a028
+# %% ../nbs/90_cli.ipynb #7f0e15dc
 def random_labels(n_random: int, n_dlf1: int, max_fccd_in_mm: float, seed: int) -> tuple:
     "FCCD in mm and DLF, each (n,), rounded to 0.0001 as in published file names; the last `n_dlf1` have DLF = 1."
     for name, value in (("random", n_random), ("dlf1", n_dlf1), ("max_fccd_in_mm", max_fccd_in_mm)):
@@ -87,7 +89,7 @@ def random_labels(n_random: int, n_dlf1: int, max_fccd_in_mm: float, seed: int) 
     dlf[n_random:] = 1.0
     return fccd, dlf
 
-# %% ../nbs/90_cli.ipynb #163974cf
+# %% ../nbs/90_cli.ipynb #4410a459
 def add_prepare(p: Parser) -> None:
     p.add_argument("sources", nargs="+", type=str, help="folders of histograms, LH5 files or stores")
     p.add_argument("--out", type=str, required=True, help="store to write (HDF5)")
@@ -95,14 +97,21 @@ def add_prepare(p: Parser) -> None:
     p.add_argument("--high_keV", type=float, default=450.0)
     p.add_argument("--rebin", type=int, default=1, help="number of neighbouring bins to add up")
     p.add_argument("--exposure", type=float, help="events per event of the measurement, where the files do not say")
-    p.add_argument("--overwrite", type=bool, default=False, help="replace the store if it exists")
+    p.add_argument("--overwrite", action="store_true", help="replace the store if it exists")
 
 def prepare(args: Namespace) -> None:
     "Read folders and files of spectra, check them, and pack them into one store."
     from deadlayer_cres.deadlayer.data import prepare as pack
 
-    options = {k: v for k, v in args.as_dict().items() if k in ("low_keV", "high_keV", "rebin", "exposure", "overwrite")}
-    print_pairs("Prepared", pack(args.sources, args.out, **options))
+    summary = pack(args.sources, args.out, args.low_keV, args.high_keV, args.rebin, args.exposure, args.overwrite)
+    low, high = summary["counts_per_spectrum"]
+    print_pairs("Prepared", {
+        **{s["source"]: f"{s['spectra']} spectra ({s['layout']})" for s in summary["sources"]},
+        "bins": f"{summary['bins']}, {summary['energy_keV'][0]:g} to {summary['energy_keV'][1]:g} keV",
+        "FCCD, DLF": "{:g} to {:g} mm, {:g} to {:g}".format(*summary["fccd_in_mm"], *summary["dlf"]),
+        "counts": f"{low:,.0f} to {high:,.0f} in a spectrum, {summary['exposure']:.4g} per event of the measurement",
+        "repeated labels": summary["duplicates"], "checksum": summary["checksum"][:16],
+        "written": f"{summary['out']}, {summary['bytes'] / 1e6:.1f} MB in {summary['seconds']:.1f} s"})
 
 def print_pairs(title: str, values: dict) -> None:
     "Print names and values as a table."
@@ -114,15 +123,16 @@ def print_pairs(title: str, values: dict) -> None:
         table.add_row(str(key), "\n".join(map(str, value)) if isinstance(value, list) else str(value))
     Console().print(table)
 
-# %% ../nbs/90_cli.ipynb #44a9ede2
+# %% ../nbs/90_cli.ipynb #2cfe975a
 def add_train(p: Parser) -> None:
     from deadlayer_cres.deadlayer.train import Config
 
     p.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with any of the settings below")
     p.add_argument("--run", type=str, help="run folder to make")
-    p.add_argument("--resume", type=bool, default=False, help="go on with a run that was interrupted")
-    p.add_argument("--overwrite", type=bool, default=False, help="replace a run of that name")
+    p.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
+    p.add_argument("--overwrite", action="store_true", help="replace a run of that name")
     p.add_class_arguments(Config)
+    describe(p, Config)
 
 def train(args: Namespace) -> None:
     "Train a network and leave everything in a run folder."
@@ -140,7 +150,16 @@ def train(args: Namespace) -> None:
 def _plain(value):
     return value.as_dict() if isinstance(value, Namespace) else value
 
-# %% ../nbs/90_cli.ipynb #7f5ba46a
+def describe(parser: Parser, cls: type, prefix: str = "--") -> None:
+    "Give the options of a nested dataclass the comments beside its fields as help."
+    for name, comment in docments(cls).items():
+        nested = getattr(cls.__dataclass_fields__.get(name), "default_factory", None)
+        if hasattr(nested, "__dataclass_fields__"):
+            describe(parser, nested, f"{prefix}{name}.")
+        elif comment and f"{prefix}{name}" in parser._option_string_actions:
+            parser._option_string_actions[f"{prefix}{name}"].help = comment
+
+# %% ../nbs/90_cli.ipynb #2a0faab0
 def add_evaluate(p: Parser) -> None:
     p.add_argument("run", type=str, help="run folder")
     p.add_argument("--data", nargs="+", type=str, help="store or folders with the Monte-Carlo; default: those of the training")
@@ -168,7 +187,7 @@ def evaluate(args: Namespace) -> None:
         print(f"warning: {text}", file=sys.stderr)
     print(f"report: {run.path / 'report.html'}")
 
-# %% ../nbs/90_cli.ipynb #a1062923
+# %% ../nbs/90_cli.ipynb #f2fc5fb4
 def run_parts(config, pipeline, data: list[str] | None) -> dict:
     "The parts of the spectra a run was trained on, or of `data` cut alike; the bins must be those of the network."
     from deadlayer_cres.deadlayer.train import load_spectra, split_spectra
@@ -179,7 +198,7 @@ def run_parts(config, pipeline, data: list[str] | None) -> dict:
     pipeline.prep.check_edges(spectra.edges_keV)
     return split_spectra(spectra, config.data.split)
 
-# %% ../nbs/90_cli.ipynb #31652cf0
+# %% ../nbs/90_cli.ipynb #ec3a1413
 def add_infer(p: Parser) -> None:
     p.add_argument("run", type=str, help="run folder")
     p.add_argument("--spectrum", type=str, required=True, help="measured spectrum (published layout, LH5 or store)")
@@ -201,7 +220,7 @@ def infer(args: Namespace) -> None:
     out = Path(args.out or run.path / "infer" / Path(args.spectrum).stem)
     answer(run, config, pipeline, parts, measured, out, {"spectrum": args.spectrum, "row": args.row})
 
-# %% ../nbs/90_cli.ipynb #975ffe1f
+# %% ../nbs/90_cli.ipynb #ec046798
 def answer(run, config, pipeline, parts: dict, measured, out: Path, facts: dict) -> dict:
     "Infer, write the answer to `out`, print it; returns the content of result.json."
     from deadlayer_cres.deadlayer.data import concatenate
@@ -223,7 +242,7 @@ def answer(run, config, pipeline, parts: dict, measured, out: Path, facts: dict)
     print(f"report: {report}")
     return result.summary()
 
-# %% ../nbs/90_cli.ipynb #36f857fe
+# %% ../nbs/90_cli.ipynb #c2395718
 def add_compare(p: Parser) -> None:
     p.add_argument("runs", nargs="+", type=str, help="evaluated run folders")
     p.add_argument("--protocol", choices=["poisson", "shared"], default="poisson")
@@ -249,7 +268,7 @@ def compare(args: Namespace) -> None:
         save_png(Path(args.out) / "attention.png", attention_stack_figure(attentions))
     print(f"LaTeX and figure: {args.out}")
 
-# %% ../nbs/90_cli.ipynb #be744114
+# %% ../nbs/90_cli.ipynb #79975377
 def add_demo(p: Parser) -> None:
     p.add_argument("--out", type=str, default="demo", help="folder to write; an earlier demo there is replaced")
     p.add_argument("--random", type=int, default=800, help="number of spectra with random DLF")
@@ -270,7 +289,7 @@ def demo_config(store: str, epochs: int, seed: int):
         train=TrainConfig(epochs=epochs, lr=4e-3, seed=seed),
     )
 
-# %% ../nbs/90_cli.ipynb #4ddcb5fd
+# %% ../nbs/90_cli.ipynb #c81c5acf
 def demo(args: Namespace) -> None:
     "Simulate, train, evaluate and infer at a small scale; about four minutes on two cores."
     from deadlayer_cres.deadlayer.data import write_store
@@ -298,7 +317,7 @@ def demo(args: Namespace) -> None:
     write_json(out / "demo.json", {"truth": truth, "result": result, "seconds": time.perf_counter() - start})
     print(f"done in {time.perf_counter() - start:.0f} s; reports: {out / 'answer/report.html'}, {run_path / 'report.html'}")
 
-# %% ../nbs/90_cli.ipynb #25484fa2
+# %% ../nbs/90_cli.ipynb #e0e46eac
 def pseudo_measurement(simulate_spectra: Callable, truth: dict, seed: int):
     "A spectrum from decays of its own, at the statistics of the real measurement, labels removed."
     from dataclasses import replace
@@ -318,7 +337,7 @@ def demo_rows(truth: dict, result: dict) -> dict:
             "DLF, truth": f"{truth['dlf']:.3f}",
             "DLF, inferred": f"{dlf['50']:.3f} (80 %: {dlf['10']:.3f} to {dlf['90']:.3f})"}
 
-# %% ../nbs/90_cli.ipynb #a2214371
+# %% ../nbs/90_cli.ipynb #e3ff5f9e
 VERBS = {
     "simulate": (simulate, add_simulate, "deadlayer simulate --random 400 --dlf1 200 --decays 5000000 --out mc.h5"),
     "prepare": (prepare, add_prepare, "deadlayer prepare spectra_random_DLF spectra_DLF1 --out mc.h5"),
@@ -340,7 +359,7 @@ def _overview() -> str:
     return "usage: deadlayer VERB [options]\n\nThe dead layer of a germanium detector from its Ba-133 spectrum.\n\n" + \
         "\n".join(lines) + "\n\ndeadlayer VERB --help explains a verb, with an example."
 
-# %% ../nbs/90_cli.ipynb #fde03b94
+# %% ../nbs/90_cli.ipynb #9c07a8d2
 def deadlayer(argv: list[str] | None = None) -> None:
     "Entry point of the program `deadlayer`."
     argv = sys.argv[1:] if argv is None else list(argv)

@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'WINDOWS_KEV', 'fit_temperature', 'Scan', 'summarise_scan',
            'interpolate_spectrum', 'agreement', 'Inference', 'doubts', 'infer', 'scan_figure', 'spectrum_figure',
            'attention_of_decision_figure', 'result_rows', 'write_inference']
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #a9e5f817
+# %% ../../nbs/deadlayer/17_infer.ipynb #ca479a68
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -25,7 +25,7 @@ from .evaluate import BA133_MARKS, attention_per_bin
 from .prep import PairSource
 from ..plots import Section, Table, coloured_spectrum, figure, html_report, mark_lines, save_png, step_spectrum
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #19474726
+# %% ../../nbs/deadlayer/17_infer.ipynb #b771496c
 def fit_temperature(
     logit: np.ndarray,  # (n,) of pairs drawn uniformly within a narrow window
     thicker: np.ndarray,  # (n,) whether FCCD1 > FCCD2
@@ -41,7 +41,7 @@ def fit_temperature(
             break
     return 1 / a
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #b6fbfce2
+# %% ../../nbs/deadlayer/17_infer.ipynb #6d305ee2
 LEVELS = {"68": (0.16, 0.84), "90": (0.05, 0.95)}
 
 @dataclass
@@ -71,7 +71,7 @@ def summarise_scan(
     intervals = {name: (cross(1 - low), cross(1 - high)) for name, (low, high) in LEVELS.items()}
     return Scan(x, p, falling, cross(0.5), intervals)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #b858fbe7
+# %% ../../nbs/deadlayer/17_infer.ipynb #5fbadd4b
 @torch.no_grad()
 def ask(
     pipeline: Callable,  # trained `Pipeline`
@@ -88,7 +88,7 @@ def ask(
         answers.append(pipeline(x.expand(len(y), -1), y).float().cpu().numpy())
     return np.concatenate(answers)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #3c08599c
+# %% ../../nbs/deadlayer/17_infer.ipynb #0ffb63f9
 @torch.no_grad()
 def validation_temperature(
     pipeline: Callable,
@@ -103,7 +103,7 @@ def validation_temperature(
         pairs.counts1.split(1024), pairs.counts2.split(1024), strict=True)])
     return fit_temperature(logit, (pairs.labels[:, 0] > pairs.labels[:, 1]).cpu().numpy())
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #0974187d
+# %% ../../nbs/deadlayer/17_infer.ipynb #a2aaa3b9
 def interpolate_spectrum(
     spectra: Spectra,  # simulated
     fccd_in_mm: float,
@@ -119,7 +119,7 @@ def interpolate_spectrum(
     root = np.sqrt(spectra.counts[near] / spectra.exposure)
     return np.linalg.lstsq(design * weight, root * weight, rcond=1e-6)[0][0] ** 2
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #fad14d64
+# %% ../../nbs/deadlayer/17_infer.ipynb #9c36da2c
 WINDOWS_KEV = (5, 25, 45, 70, 95, 150, 210, 290, 320, 370, 395, 450)
 
 def agreement(
@@ -144,7 +144,7 @@ def agreement(
                      "chi2": chi2, "bins": len(n), "p_value": float(chi2_law.sf(chi2, len(n)))})
     return rows
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #6b0ccb24
+# %% ../../nbs/deadlayer/17_infer.ipynb #f13caee6
 @dataclass
 class Inference:
     "What was inferred of one measured spectrum."
@@ -164,7 +164,7 @@ class Inference:
                 "agreement": self.windows, "warnings": self.warnings,
                 "scan": {k: getattr(self.scan, k) for k in ("fccd_in_mm", "probability", "falling")}}
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #cabe69ff
+# %% ../../nbs/deadlayer/17_infer.ipynb #402beb70
 def doubts(windows: list[dict], p_value: float = 1e-6) -> list[str]:
     "Warnings where Monte-Carlo and measurement disagree beyond statistics."
     bad = [w for w in windows if w["p_value"] < p_value]
@@ -176,7 +176,7 @@ def doubts(windows: list[dict], p_value: float = 1e-6) -> list[str]:
             f"({where} keV); worst {worst['low_keV']:g}-{worst['high_keV']:g} keV with chi2 per bin "
             f"{worst['chi2'] / worst['bins']:.1f}. The intervals are statistical only and do not cover this."]
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #c7dfe7d9
+# %% ../../nbs/deadlayer/17_infer.ipynb #030487d3
 def infer(
     pipeline: Callable,  # trained `Pipeline`, evaluation mode
     measured: Spectra,  # one spectrum
@@ -202,7 +202,7 @@ def infer(
     attention = _attention(pipeline, counts, reference[near])
     return Inference(scan, quantiles, temperature, windows, doubts(windows), measured, expected, attention)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #39a5841d
+# %% ../../nbs/deadlayer/17_infer.ipynb #26f13e77
 def _check_measured(measured: Spectra, references: Spectra) -> None:
     if len(measured) != 1:
         raise DataError("one measured spectrum", str(len(measured)), remedy="choose one")
@@ -223,7 +223,7 @@ def _attention(pipeline, counts, reference):
     _, attention = pipeline.net(pipeline.prep(a.expand(len(b), -1), b), return_attention=True)
     return attention_per_bin(attention.cpu().numpy(), pipeline.net.config.segment, len(counts)).mean(0)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #3a4650d3
+# %% ../../nbs/deadlayer/17_infer.ipynb #e8d4e07b
 def scan_figure(scan: Scan) -> Figure:
     "The scan, whole and near the decision, with the best value and the agreement region."
     low, high = scan.intervals["90"]
@@ -241,7 +241,7 @@ def scan_figure(scan: Scan) -> Figure:
         axes[1].legend(loc="upper right")
     return fig
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #50dd8dfc
+# %% ../../nbs/deadlayer/17_infer.ipynb #0982983e
 def spectrum_figure(inference: Inference) -> Figure:
     "The measured spectrum, the Monte-Carlo at the best values with the DLF band, and their ratio; three energy ranges."
     m, expected = inference.measured, inference.expected
@@ -274,7 +274,7 @@ def _room(counts):
     some = counts[counts > 0]
     return (some.min() / 2, some.max() * 2) if some.size else (0.5, 2)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #cc025bda
+# %% ../../nbs/deadlayer/17_infer.ipynb #0c198a69
 def attention_of_decision_figure(inference: Inference) -> Figure:
     "The measured spectrum, coloured by the attention of the decisions near the best FCCD."
     m = inference.measured
@@ -291,7 +291,7 @@ def result_rows(inference: Inference) -> list[list[str]]:
     rows += [[f"FCCD, {k} % interval", f"{a:.4f} to {b:.4f} mm"] for k, (a, b) in scan.intervals.items()]
     return rows + ([["DLF, median", f"{q['50']:.3f}"], ["DLF, 80 % band", f"{q['10']:.3f} to {q['90']:.3f}"]] if q else [])
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #4bd46fd1
+# %% ../../nbs/deadlayer/17_infer.ipynb #538b46d7
 def write_inference(
     inference: Inference,
     folder: str | os.PathLike,  # where result.json, report.html and figures/ go

@@ -6,20 +6,20 @@
 __all__ = ['PARTS', 'DataConfig', 'Config', 'config_from_dict', 'load_spectra', 'split_spectra', 'pair_source', 'fccd_accuracy',
            'dlf_coverage', 'build_pipeline', 'calibrate_band', 'train', 'load_run']
 
-# %% ../../nbs/deadlayer/18_train.ipynb #341be54e
+# %% ../../nbs/deadlayer/18_train.ipynb #f3f5eb25
 import os
 from dataclasses import dataclass, field
 
 import torch
 from safetensors import safe_open
 
-from ..core import ConfigError, DataError, RunError, default_device, derive_seed, seed_everything
+from ..core import ConfigError, DataError, default_device, derive_seed, seed_everything
 from .data import Spectra, SplitConfig, concatenate, read_spectra
 from .model import QUANTILES, LossConfig, PairLoss, PairNet, PairNetConfig
 from .prep import InputConfig, PairBatches, PairConfig, PairInputs, PairSource
 from ..train import Pipeline, Run, TrainConfig, as_dataloaders, build_learner, fit
 
-# %% ../../nbs/deadlayer/18_train.ipynb #e0947433
+# %% ../../nbs/deadlayer/18_train.ipynb #41c4d9a9
 @dataclass
 class DataConfig:
     "Which spectra, which part of them, and how they are split."
@@ -39,7 +39,7 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
-# %% ../../nbs/deadlayer/18_train.ipynb #dbf0cdea
+# %% ../../nbs/deadlayer/18_train.ipynb #68969d09
 def config_from_dict(settings: dict, cls: type = Config, where: str = "") -> Config:
     "Build `cls` from nested dictionaries; an unknown key is a `ConfigError`."
     known = {f.name: f for f in cls.__dataclass_fields__.values()}
@@ -53,7 +53,7 @@ def config_from_dict(settings: dict, cls: type = Config, where: str = "") -> Con
         parts[name] = config_from_dict(value, known[name].default_factory, here) if nested else value
     return cls(**parts)
 
-# %% ../../nbs/deadlayer/18_train.ipynb #51e02ed3
+# %% ../../nbs/deadlayer/18_train.ipynb #07a45948
 PARTS = ("train", "valid", "test")
 
 def load_spectra(config: DataConfig) -> Spectra:
@@ -65,7 +65,7 @@ def load_spectra(config: DataConfig) -> Spectra:
     spectra = spectra.select_energy(config.low_keV, config.high_keV)
     return spectra.rebin(config.rebin) if config.rebin > 1 else spectra
 
-# %% ../../nbs/deadlayer/18_train.ipynb #e59aa473
+# %% ../../nbs/deadlayer/18_train.ipynb #131e859d
 def split_spectra(
     spectra: Spectra,  # labelled
     split: SplitConfig,
@@ -80,7 +80,7 @@ def split_spectra(
             parts[name] = {p: family[part == k] for k, p in enumerate(PARTS)}
     return parts
 
-# %% ../../nbs/deadlayer/18_train.ipynb #67345ab0
+# %% ../../nbs/deadlayer/18_train.ipynb #db882c42
 def pair_source(
     parts: dict[str, dict[str, Spectra]],  # from `split_spectra`
     part: str,  # train, valid or test
@@ -97,7 +97,7 @@ def pair_source(
     second = None if wanted == [pairs.first] else concatenate([parts[f][part] for f in wanted])
     return PairSource(parts[pairs.first][part], second, pairs.noise, device)
 
-# %% ../../nbs/deadlayer/18_train.ipynb #ce489ac5
+# %% ../../nbs/deadlayer/18_train.ipynb #4971554e
 def fccd_accuracy(raw: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     "Fraction of pairs whose FCCD sign is right."
     return ((raw[:, 0] > 0) == (labels[:, 0] > labels[:, 1])).float().mean()
@@ -111,7 +111,7 @@ def build_pipeline(config: Config, bins: int) -> Pipeline:
     seed_everything(config.train.seed, "weights")
     return Pipeline(PairInputs(bins, config.inputs), PairNet(bins, len(config.inputs.channels), config.model))
 
-# %% ../../nbs/deadlayer/18_train.ipynb #9561e2bc
+# %% ../../nbs/deadlayer/18_train.ipynb #6514ffb1
 @torch.no_grad()
 def calibrate_band(
     pipeline: Pipeline,  # mode "quantiles"
@@ -134,7 +134,7 @@ def calibrate_band(
     pipeline.net.band_scale.fill_((low * high) ** 0.5)
     return float(pipeline.net.band_scale)
 
-# %% ../../nbs/deadlayer/18_train.ipynb #84a67be4
+# %% ../../nbs/deadlayer/18_train.ipynb #bf5fa273
 def train(
     config: Config,
     path: str | os.PathLike,  # the run folder to make
@@ -164,7 +164,7 @@ def train(
         run.save_weights(pipeline, band_scale=calibrate_band(pipeline, batches[1]))
     return run
 
-# %% ../../nbs/deadlayer/18_train.ipynb #93b82ac8
+# %% ../../nbs/deadlayer/18_train.ipynb #a0ac03ab
 def _open_or_create(config, path, spectra, resume, overwrite):
     "The run folder to train in, checked against config and data when it is an old one."
     if not resume:
@@ -173,7 +173,7 @@ def _open_or_create(config, path, spectra, resume, overwrite):
     run.check_same(config, spectra.checksum)
     return run
 
-# %% ../../nbs/deadlayer/18_train.ipynb #689aae9a
+# %% ../../nbs/deadlayer/18_train.ipynb #c1036eb2
 def load_run(
     path: str | os.PathLike,  # a run folder
     device: torch.device | str | None = None,

@@ -376,7 +376,8 @@ def test_folder_of_mixed_exposure(folder, tmp_path):
 
 def test_write_folder_refuses_what_does_not_fit(tmp_path, spectra):
     for bad, message in [
-        (spectra.rebin(2), "900 bins of 0.5 keV"), (make(fccd_in_mm=[1, 2, np.nan, 1, 1, 1]), "row 2: expected known"),
+        (spectra.rebin(2), "900 bins of 0.5 keV"), (make(edges_keV=np.arange(901.0)), "900 bins of 0.5 keV"),
+        (make(fccd_in_mm=[1, 2, np.nan, 1, 1, 1]), "row 2: expected known"),
         (make(fccd_in_mm=np.ones(6), dlf=np.ones(6)), "row 1: expected each FCCD and DLF once"),
     ]:
         with pytest.raises(DataError) as e:
@@ -540,7 +541,7 @@ def test_lh5_labels_from_the_name(tmp_path):
     "change, message",
     [({"units": "ADC"}, "keV, MeV or eV"), ({"weights": np.ones(5)}, "weights for 4 bins"),
      ({"weights": np.full(4, np.nan)}, "found nan"), ({"weights": np.full(4, 0.5)}, "found 0.5"),
-     ({"edges": (0, 2, -0.5)}, "bins"), ({"edges": np.array([0, 1, 1, 2, 3.0])}, "increase")],
+     ({"edges": (0, 2, -0.5)}, "bins"), ({"edges": (2, 0, 0.5)}, "bins"), ({"edges": (0, np.inf, 0.5)}, "bins"), ({"edges": np.array([0, 1, 1, 2, 3.0])}, "increase")],
 )
 def test_bad_lh5(tmp_path, change, message):
     write_foreign_lh5(tmp_path / "a.lh5", **{"weights": np.ones(4), "edges": (0.0, 2.0, 0.5)} | change)
@@ -550,6 +551,11 @@ def test_bad_lh5(tmp_path, change, message):
 
 
 def test_incomplete_lh5(tmp_path):
+    write_foreign_lh5(tmp_path / "b.lh5", np.ones(4), (0.0, 2.0, 0.5))
+    with h5py.File(tmp_path / "b.lh5", "a") as f:
+        del f["hpge/spectrum/binning/axis_0/binedges/step"]
+    with pytest.raises(DataError, match="no step"):
+        read_lh5(tmp_path / "b.lh5")
     write_foreign_lh5(tmp_path / "a.lh5", np.ones(4), (0.0, 2.0, 0.5))
     with pytest.raises(DataError, match="called other, found hpge/spectrum"):
         read_lh5(tmp_path / "a.lh5", "other")

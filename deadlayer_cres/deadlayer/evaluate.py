@@ -10,7 +10,7 @@ __all__ = ['WINDOWS', 'BA133_MARKS', 'PUBLISHED', 'window_name', 'ScoredPairs', 
            'average_attention', 'attention_figure', 'attention_pairs_figure', 'evaluation_figures', 'report_sections',
            'evaluate', 'read_evaluation', 'comparison_table', 'attention_stack_figure']
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #039f7e58
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #92de48c8
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -33,7 +33,7 @@ from .fit import FisherLimit, PCARegression, limit_accuracy
 from .model import QUANTILES
 from .prep import Pairs, PairSource
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #eae8427b
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #c1ef1c71
 WINDOWS = (None, 0.5, 0.25, 0.1, 0.05, 0.01)  # largest |FCCD1 - FCCD2| in mm; None is no limit
 BA133_MARKS = {53.2: "53", 81.0: "81", 160.6: "161", 223.2: "223", 276.4: "276", 302.9: "303", 356.0: "356",
                383.8: "384"}  # keV -> label, lines of Ba-133 (xraylib); 79.6 and 81.0 keV share a label
@@ -44,7 +44,7 @@ def window_name(
     "Name of a window on |FCCD1 - FCCD2|."
     return "none" if window is None else f"{window:g}"
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #67b1ee4a
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #6de40b9c
 # A. Alexander, RNN_DeadLayerFit (github.com/abialexander/RNN_DeadLayerFit), saved_models/*/test_accuracies*.json:
 # quantile mode, second spectrum with DLF = 1, one scaler, 20 epochs; 3000 pairs, shared protocol.
 _RESTRICTED = {
@@ -60,7 +60,7 @@ PUBLISHED = {kind: {window: dict(zip(_COLUMNS, row, strict=False))
                     for window, row in rows.items()}
              for kind, rows in (("restricted", _RESTRICTED), ("full", _FULL))}
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #0c4d4bfd
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #6ebb9bcc
 @dataclass
 class ScoredPairs:
     """Pairs with the outputs of one or several predictors."""
@@ -81,7 +81,7 @@ class ScoredPairs:
         "Mask (n,) of the pairs that predictor `name` got wrong."
         return (self.raw[name][:, 0] > 0) != (self.dfccd_in_mm > 0)
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #e54a98a7
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #79238fef
 def _outputs(predict: Callable, pairs: Pairs) -> np.ndarray:
     "Raw outputs of one predictor as a checked (n, outputs) array."
     raw = predict(pairs.counts1, pairs.counts2)
@@ -92,7 +92,7 @@ def _outputs(predict: Callable, pairs: Pairs) -> np.ndarray:
                         f"{int((~np.isfinite(raw)).sum())} not finite", remedy="the training may have diverged")
     return raw
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #8b2b59d2
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #0f9eec74
 @torch.no_grad()
 def score_pairs(
     predictors: Mapping[str, Callable],  # name -> function of two (n, bins) tensors of counts
@@ -117,7 +117,7 @@ def score_pairs(
         keep = np.sort(np.unique(index, axis=0, return_index=True)[1])
     return ScoredPairs({k: np.concatenate(v)[keep] for k, v in raw.items()}, np.concatenate(labels)[keep], index[keep])
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #80c789b4
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #ab1b34c3
 def pair_metrics(
     scored: ScoredPairs,
     name: str = "network",  # which predictor
@@ -129,7 +129,7 @@ def pair_metrics(
     return {"accuracy": right.value, "error": right.error, "auc": curve.auc, "auc_error": curve.error, "n": right.n,
             "precision": counts.precision, "recall": counts.recall, "rmse_misclassified_in_mm": rmse}
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #a728ec83
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #81916eb9
 def evaluate_pairs(
     predictors: Mapping[str, Callable] | Callable,  # name -> predictor, or the one called `network`
     source: PairSource,
@@ -155,7 +155,7 @@ def evaluate_pairs(
             tables["limit"][key] = {"accuracy": best.value, "error": best.error, "n": best.n}
     return tables, kept
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #0c0c4845
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #46e2ae8f
 def dlf_metrics(
     scored: ScoredPairs,
     name: str = "network",
@@ -173,7 +173,7 @@ def dlf_metrics(
         return {"accuracy": right.value, "error": right.error, "auc": curve.auc, "n": right.n}
     return {}
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #3ec380c3
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #a9180169
 def pair_sources(
     test: Spectra,  # spectra with random DLF that the network has not seen
     test_dlf1: Spectra | None = None,  # the same with DLF = 1
@@ -194,7 +194,7 @@ def yardsticks(
     copies = {"poisson": 16, "shared": 0}
     return {k: PCARegression(copies=c, seed=seed).fit(train) for k, c in copies.items()}, FisherLimit(train)
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #ddb24d6e
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #8f4bff8d
 def collect_metrics(
     predict: Callable,  # the network
     sources: Mapping[str, Mapping[str, PairSource]],  # from `pair_sources`
@@ -223,7 +223,7 @@ def collect_metrics(
     metrics["published"] = PUBLISHED
     return metrics, headline
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #3badd6a4
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #99659100
 def regression_errors(
     model: PCARegression,
     source: PairSource,  # its first set is used, with its noise
@@ -236,7 +236,7 @@ def regression_errors(
     rmse = np.sqrt((error**2).mean(0))
     return {"rmse_fccd_in_mm": float(rmse[0]), "rmse_dlf": float(rmse[1]), "n": n}
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #dac5d015
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #491f5696
 def _cell(row: Mapping | None) -> str:
     "Accuracy and error of a window as text."
     return f"{row['accuracy']:.4f} ± {row['error']:.4f}" if row else "-"
@@ -246,7 +246,7 @@ def _parts(metrics: Mapping, population: str) -> dict[str, dict]:
     parts = {"network": metrics, "baseline": metrics["baseline"], "limit": metrics["limit"]}
     return parts if population == "same" else {name: part.get(population, {}) for name, part in parts.items()}
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #3a4a947d
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #1c4758d7
 def accuracy_rows(
     metrics: Mapping,  # content of metrics.json
     population: str = "same",  # or "dlf1"
@@ -259,7 +259,7 @@ def accuracy_rows(
     windows = list(parts["network"]["poisson"])
     return ["max |dFCCD| [mm]", *columns], [[w, *(_cell(c.get(w)) for c in columns.values())] for w in windows]
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #2f371014
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #b2a50859
 def _rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
     "A table for the terminal; square brackets are text, not markup."
     table = RichTable(title=escape(title))
@@ -291,7 +291,7 @@ def dlf_text(metrics: Mapping) -> list[str]:
                 f"{d['nominal']:g}), pinball loss {d['pinball']:.4f}, {d['crossings']} crossings in {d['n']}."]
     return [f"DLF: the sign of DLF1 - DLF2 is right for {_cell(d)} of {d['n']} pairs."] if d else []
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #7ce0efb6
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #217133c6
 def doubts(
     metrics: Mapping,  # content of metrics.json
 ) -> list[str]:  # warnings; empty if all is as it should be
@@ -314,7 +314,7 @@ def doubts(
         said.append(f"DLF quantiles cross in {d['crossings']} of {d['n']} pairs.")
     return said
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #41d7eaac
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #f4db96f0
 def accuracy_figure(metrics: Mapping, population: str = "same") -> Figure:
     "Error rate (1 - accuracy) against window: network, baseline, limit and published, in both protocols."
     parts = _parts(metrics, population)
@@ -328,17 +328,17 @@ def accuracy_figure(metrics: Mapping, population: str = "same") -> Figure:
             for colour, (name, look) in zip(COLOURS, looks.items(), strict=False):
                 table = tables.get(name, {})
                 x = [k for k, w in enumerate(windows) if w in table]
-                y = [max(1 - table[windows[k]]["accuracy"], 1e-5) for k in x]
                 e = np.array([table[windows[k]]["error"] for k in x])
+                y = np.maximum([1 - table[windows[k]]["accuracy"] for k in x], e)  # none wrong: drawn at the error
                 if x:
-                    ax.errorbar(x, y, [np.minimum(e, 0.9 * np.array(y)), e], fmt=look, label=name, color=colour)
+                    ax.errorbar(x, y, [np.minimum(e, 0.7 * y), e], fmt=look, label=name, color=colour)
             ax.set(xticks=range(len(windows)), xticklabels=windows, xlabel="max |FCCD1 - FCCD2| [mm]", yscale="log",
                    title=protocol)
             ax.legend(loc="upper left")
         axes[0].set_ylabel("fraction of wrong pairs")
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #025a3316
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #8b10b9af
 def roc_figure(
     scored: Mapping[str, ScoredPairs],  # window -> pairs
     name: str = "network",
@@ -353,7 +353,7 @@ def roc_figure(
         axes[1].get_legend().remove()
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #6679ca0d
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #0ca77fe2
 def output_figure(
     scored: Mapping[str, ScoredPairs],  # window -> pairs
     name: str = "network",
@@ -377,7 +377,7 @@ def _probability(logit: np.ndarray) -> np.ndarray:
     "Logistic function, without overflow."
     return 0.5 * (1 + np.tanh(logit / 2))
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #b12ed280
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #be65874d
 def misclassified_figure(
     scored: ScoredPairs,
     name: str = "network",
@@ -403,7 +403,7 @@ def misclassified_figure(
         ax[5].set(xlabel="DLF1 - DLF2", ylabel="FCCD1 - FCCD2 [mm]")
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #39647b67
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #b34fca2a
 def dlf_figure(
     scored: ScoredPairs,
     name: str = "network",
@@ -438,7 +438,7 @@ def labels_figure(spectra: Spectra) -> Figure:
         axes[2].set(xlabel="FCCD [mm]", ylabel="DLF")
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #110e8e62
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #c3671f0e
 @torch.no_grad()
 def pair_attention(
     pipeline,  # with `prep` and a `net` that can return its attention
@@ -465,7 +465,7 @@ def attention_per_bin(
     member = np.arange(bins) // segment
     return attention[:, member] / np.bincount(member)[member]
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #e0e58269
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #6716ce63
 def average_attention(
     weight: np.ndarray,  # (n, bins)
     edges_keV: np.ndarray,  # (bins + 1,)
@@ -495,7 +495,7 @@ def attention_figure(
         axes[-1, 0].set_xlabel("energy [keV]")
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #d9667639
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #029c836f
 def attention_pairs_figure(
     pairs: Pairs, weight: np.ndarray, probability: np.ndarray,  # from `pair_attention`
     edges_keV: np.ndarray,  # (bins + 1,)
@@ -513,7 +513,7 @@ def attention_pairs_figure(
                 ax.set_xlabel("")
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #e47fadb1
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #f5077032
 def evaluation_figures(
     metrics: Mapping, scored: Mapping[str, ScoredPairs],  # from `collect_metrics`
     test: Spectra,
@@ -538,7 +538,7 @@ def evaluation_figures(
         made["history"] = (plots.plot_history(history), "Loss and accuracy against epoch.")
     return made
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #9695e2d2
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #c5d1b746
 def report_sections(metrics: Mapping, figures: Mapping[str, tuple[Figure, str]], facts: Mapping) -> list[Section]:
     "The sections of the report of an evaluation; `facts` is a table of names and values."
     def pick(*names):
@@ -562,7 +562,7 @@ def report_sections(metrics: Mapping, figures: Mapping[str, tuple[Figure, str]],
                 figures=pick("history", "labels")),
     ]
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #8adfd8c0
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #c0c4e14d
 def evaluate(
     folder: str | os.PathLike,  # the run folder to write into
     pipeline,  # trained `Pipeline` of prep and network
@@ -600,7 +600,7 @@ def evaluate(
     write_json(folder / "metrics.json", metrics)
     return metrics
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #bd489b88
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #1c1c8eea
 def read_evaluation(
     folder: str | os.PathLike,  # a run folder
 ) -> tuple[dict, dict | None]:  # metrics, average attention if there is one
@@ -611,7 +611,7 @@ def read_evaluation(
     attention = folder / "attention.json"
     return read_json(folder / "metrics.json"), read_json(attention) if attention.exists() else None
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #e7894003
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #39a8ee74
 def _comparison_rows(runs: Mapping[str, Mapping], protocol: str) -> list[list[str]]:
     "Rows of (run, accuracies..., AUC, RMSE of wrong pairs in um, coverage); the published RNN comes last."
     windows = list(dict.fromkeys(w for m in runs.values() for w in m[protocol]))
@@ -647,7 +647,7 @@ def _latex(text: str) -> str:
              "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(marks.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #68dfe09f
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #d9ff4c1b
 def attention_stack_figure(
     attentions: Mapping[str, Mapping],  # run -> average attention
     half_width_keV: float = 5.0,  # of the bands around the lines

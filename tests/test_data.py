@@ -542,8 +542,8 @@ def test_lh5_labels_from_the_name(tmp_path):
     "change, message",
     [({"units": "ADC"}, "keV, MeV or eV"), ({"weights": np.ones(5)}, "weights for 4 bins"),
      ({"weights": np.full(4, np.nan)}, "found nan"), ({"weights": np.full(4, 0.5)}, "found 0.5"),
-     ({"edges": (0, 2, -0.5)}, "bins"),
-     ({"edges": (2, 0, 0.5)}, "bins"), ({"edges": (0, np.inf, 0.5)}, "bins"),
+     ({"edges": (0, 2, -0.5)}, "step > 0"),
+     ({"edges": (2, 0, 0.5)}, "first < last"), ({"edges": (0, np.inf, 0.5)}, "first < last"),
      ({"edges": np.array([0, 1, 1, 2, 3.0])}, "increase")],
 )
 def test_bad_lh5(tmp_path, change, message):

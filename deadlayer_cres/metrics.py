@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['Estimate', 'accuracy', 'Confusion', 'confusion', 'Roc', 'auc_error', 'roc', 'pinball_loss', 'coverage', 'crossings']
 
-# %% ../nbs/02_metrics.ipynb #18ede2de
+# %% ../nbs/02_metrics.ipynb #404569ce
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,7 +13,7 @@ from sklearn.metrics import roc_auc_score, roc_curve
 
 from .core import DataError
 
-# %% ../nbs/02_metrics.ipynb #fd954463
+# %% ../nbs/02_metrics.ipynb #436681a0
 @dataclass(frozen=True)
 class Estimate:
     """A value with its standard error, from `n` items."""
@@ -25,7 +25,7 @@ class Estimate:
     def __str__(self):
         return f"{self.value:.4f} ± {self.error:.4f}"
 
-# %% ../nbs/02_metrics.ipynb #9150d480
+# %% ../nbs/02_metrics.ipynb #f4432eba
 def _column(values, name: str, length: int | None = None) -> np.ndarray:
     "`values` as a flat array that is not empty, free of NaN, and `length` long."
     array = np.asarray(values)
@@ -35,7 +35,7 @@ def _column(values, name: str, length: int | None = None) -> np.ndarray:
         raise DataError(f"{name} without NaN", f"{int(np.isnan(array).sum())} NaN", row=int(np.isnan(array).argmax()))
     return array
 
-# %% ../nbs/02_metrics.ipynb #156878f8
+# %% ../nbs/02_metrics.ipynb #91163dfa
 def accuracy(
     correct,  # (n,) booleans: was the answer right?
 ) -> Estimate:  # the fraction of right answers, with Wilson's half width at one standard deviation
@@ -44,7 +44,7 @@ def accuracy(
     n, p = len(correct), float(correct.mean())
     return Estimate(p, float(np.sqrt(p * (1 - p) / n + 1 / (4 * n * n)) / (1 + 1 / n)), n)
 
-# %% ../nbs/02_metrics.ipynb #365ccc09
+# %% ../nbs/02_metrics.ipynb #c8fb0ad4
 @dataclass(frozen=True)
 class Confusion:
     """How often each answer was given to each truth."""
@@ -64,7 +64,7 @@ class Confusion:
         "Fraction of the true cases that were found."
         return self.tp / (self.tp + self.fn) if self.tp + self.fn else float("nan")
 
-# %% ../nbs/02_metrics.ipynb #cf1bb6f0
+# %% ../nbs/02_metrics.ipynb #0d408bdd
 def confusion(
     truth,  # (n,) booleans
     said,  # (n,) booleans
@@ -74,7 +74,7 @@ def confusion(
     said = _column(said, "said", len(truth)).astype(bool)
     return Confusion(*(int(x.sum()) for x in (truth & said, ~truth & said, ~truth & ~said, truth & ~said)))
 
-# %% ../nbs/02_metrics.ipynb #383d0254
+# %% ../nbs/02_metrics.ipynb #72076b20
 @dataclass(frozen=True)
 class Roc:
     """A receiver operating characteristic; between its points the curve is straight."""
@@ -84,7 +84,7 @@ class Roc:
     auc: float  # area below
     error: float  # standard error of the area
 
-# %% ../nbs/02_metrics.ipynb #2184db8d
+# %% ../nbs/02_metrics.ipynb #6ce34694
 def auc_error(
     auc: float,  # area under the ROC curve
     positive: int,  # number of true cases
@@ -95,7 +95,7 @@ def auc_error(
     variance = auc * (1 - auc) + (positive - 1) * (q1 - auc**2) + (negative - 1) * (q2 - auc**2)
     return float(np.sqrt(max(variance, 0.0) / (positive * negative)))
 
-# %% ../nbs/02_metrics.ipynb #04f6be2b
+# %% ../nbs/02_metrics.ipynb #b9bacf78
 def roc(
     truth,  # (n,) booleans
     score,  # (n,) outputs; larger means more likely true
@@ -110,7 +110,7 @@ def roc(
     area = float(roc_auc_score(truth, score))
     return Roc(fpr, tpr, area, auc_error(area, positive, len(truth) - positive))
 
-# %% ../nbs/02_metrics.ipynb #c89d3cf3
+# %% ../nbs/02_metrics.ipynb #ab5ba885
 def pinball_loss(
     y,  # (n,) truths
     q_pred,  # (n, levels) predicted quantiles
@@ -124,7 +124,7 @@ def pinball_loss(
     d = y[:, None] - q_pred
     return float(np.maximum(q_levels * d, (q_levels - 1) * d).mean())
 
-# %% ../nbs/02_metrics.ipynb #c2f74b38
+# %% ../nbs/02_metrics.ipynb #bd6a312f
 def coverage(
     y,  # (n,) truths
     lo,  # (n,) lower ends
@@ -135,7 +135,7 @@ def coverage(
     lo, hi = _column(lo, "lo", len(y)), _column(hi, "hi", len(y))
     return accuracy((lo <= y) & (y <= hi))
 
-# %% ../nbs/02_metrics.ipynb #31a3d767
+# %% ../nbs/02_metrics.ipynb #4c8e568f
 def crossings(
     q_pred,  # (n, levels) predicted quantiles, levels ascending
 ) -> int:  # number of items with any quantile below the one before it

@@ -6,7 +6,7 @@
 __all__ = ['COLOURS', 'STYLE', 'figure', 'step_spectrum', 'mark_lines', 'coloured_spectrum', 'plot_roc', 'plot_history', 'Table',
            'Section', 'png_bytes', 'save_png', 'render_report', 'html_report']
 
-# %% ../nbs/03_plots.ipynb #51fb79da
+# %% ../nbs/03_plots.ipynb #5bcb8dd9
 import base64
 import io
 import os
@@ -24,7 +24,7 @@ from matplotlib.figure import Figure
 
 from .core import DataError, atomic_path
 
-# %% ../nbs/03_plots.ipynb #7f776420
+# %% ../nbs/03_plots.ipynb #ff30cb85
 COLOURS = ("#0072B2", "#D55E00", "#009E73", "#CC79A7", "#E69F00", "#56B4E9", "#000000")  # of the curves, in order
 STYLE = {  # Matplotlib settings of all figures of the library
     "axes.prop_cycle": matplotlib.cycler(color=COLOURS),
@@ -35,7 +35,7 @@ STYLE = {  # Matplotlib settings of all figures of the library
     "figure.facecolor": "white", "savefig.facecolor": "white", "font.family": "DejaVu Sans", "image.cmap": "viridis",
 }
 
-# %% ../nbs/03_plots.ipynb #6676af6d
+# %% ../nbs/03_plots.ipynb #25278377
 @contextmanager
 def figure(
     rows: int = 1,  # rows of axes
@@ -49,7 +49,7 @@ def figure(
         fig = Figure(figsize=(width, height), layout="constrained")
         yield fig, fig.subplots(rows, columns, **subplots_options)
 
-# %% ../nbs/03_plots.ipynb #f62e2440
+# %% ../nbs/03_plots.ipynb #878b2058
 def step_spectrum(
     ax: Axes,
     edges,  # (bins + 1,) bin edges in keV
@@ -67,7 +67,7 @@ def step_spectrum(
     if log:
         ax.set_yscale("log")
 
-# %% ../nbs/03_plots.ipynb #c57eb877
+# %% ../nbs/03_plots.ipynb #4649d485
 def mark_lines(
     ax: Axes,
     lines: Mapping[float, str],  # energy in keV -> label
@@ -80,7 +80,7 @@ def mark_lines(
             ax.axvline(energy, **({"color": "#888888", "linewidth": 0.6, "linestyle": ":", "zorder": 0} | style))
             ax.text(energy, 1.01, label, transform=ax.get_xaxis_transform(), ha="center", va="bottom", fontsize=7)
 
-# %% ../nbs/03_plots.ipynb #5fc8d4e4
+# %% ../nbs/03_plots.ipynb #e3067270
 def coloured_spectrum(
     ax: Axes,
     edges,  # (bins + 1,) bin edges in keV
@@ -103,7 +103,7 @@ def coloured_spectrum(
     ax.set_ylim(floor, 2 * top.max())
     return ax.figure.colorbar(bars, ax=ax, label=label, pad=0.01)
 
-# %% ../nbs/03_plots.ipynb #b493c9e5
+# %% ../nbs/03_plots.ipynb #9e0649c3
 def plot_roc(
     ax: Axes,
     curves: Mapping[str, object],  # legend text -> object with `fpr`, `tpr`, `auc` and `error`, as `metrics.roc` gives
@@ -115,7 +115,7 @@ def plot_roc(
     ax.set(xlabel="false-positive rate", ylabel="true-positive rate", xlim=(-0.01, 1), ylim=(0, 1.01))
     ax.legend(loc="lower right", frameon=True, framealpha=0.8, edgecolor="none")
 
-# %% ../nbs/03_plots.ipynb #cbf30bf3
+# %% ../nbs/03_plots.ipynb #0150b14b
 def plot_history(
     history: Mapping[str, Sequence[float]] | Sequence[Mapping[str, float]],  # columns, or one row per epoch
 ) -> Figure:
@@ -138,7 +138,7 @@ def plot_history(
             axes[0, 0].set_yscale("log")
     return fig
 
-# %% ../nbs/03_plots.ipynb #dde92559
+# %% ../nbs/03_plots.ipynb #5447a80f
 @dataclass
 class Table:
     """A table of a report; the first cell of each row names it."""
@@ -157,7 +157,7 @@ class Section:
     tables: Sequence[Table] = ()
     figures: Sequence[tuple[Figure, str]] = field(default=())  # figure and what it shows
 
-# %% ../nbs/03_plots.ipynb #d1648766
+# %% ../nbs/03_plots.ipynb #4a811d8e
 def png_bytes(
     fig: Figure,
     dpi: int = 120,  # pixels per inch
@@ -172,7 +172,7 @@ def save_png(path: str | os.PathLike, fig: Figure, dpi: int = 120) -> None:
     with atomic_path(path) as part:
         part.write_bytes(png_bytes(fig, dpi))
 
-# %% ../nbs/03_plots.ipynb #11c3acfd
+# %% ../nbs/03_plots.ipynb #e842b80a
 CSS = """
 :root { color-scheme: light dark; --ink: #1c1e21; --soft: #5b6068; --paper: #fff; --line: #d9dce1; --warn: #fff4d6; }
 @media (prefers-color-scheme: dark) {
@@ -181,17 +181,19 @@ body { font: 16px/1.55 system-ui, sans-serif; color: var(--ink); background: var
   max-width: 60rem; margin: 2rem auto; padding: 0 1rem; }
 h1 { font-size: 1.7rem; margin-bottom: .2rem; } h2 { font-size: 1.2rem; margin-top: 2.2rem; }
 h2, tr { border-bottom: 1px solid var(--line); }
-.scroll { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; font-variant-numeric: tabular-nums; }
+.scroll { overflow-x: auto; } table { border-collapse: collapse; margin: 1rem 0; font-size: .92rem;
+  font-variant-numeric: tabular-nums; }
 caption, figcaption { color: var(--soft); font-size: .88rem; text-align: left; padding: .3rem 0; }
-th, td { padding: .3rem .8rem; text-align: right; white-space: nowrap; }
-th { font-weight: 600; } th:first-child { text-align: left; }
+th, td { padding: .3rem .6rem; text-align: right; white-space: nowrap; }
+th { font-weight: 600; } th:first-child { text-align: left; } thead th { white-space: normal; vertical-align: bottom; }
 figure { margin: 1.2rem 0; } img { max-width: 100%; background: #fff; border-radius: 6px; }
 .warning { background: var(--warn); border-left: 4px solid #d29400; padding: .5rem .9rem; border-radius: 4px; }
 @media print { body { margin: 0; max-width: none; font-size: 11pt; }
+  .scroll { overflow: visible; } table { font-size: 8pt; }
   figure, table, .warning { break-inside: avoid; } h2 { break-after: avoid; } }
 """
 
-# %% ../nbs/03_plots.ipynb #308ccd8b
+# %% ../nbs/03_plots.ipynb #1043e138
 PAGE = """<!doctype html>
 <html lang="en">
 <head>
@@ -220,7 +222,7 @@ PAGE = """<!doctype html>
 </html>
 """
 
-# %% ../nbs/03_plots.ipynb #509ef303
+# %% ../nbs/03_plots.ipynb #afbfa4ef
 def render_report(
     title: str,
     sections: Sequence[Section],

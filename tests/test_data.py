@@ -349,7 +349,8 @@ def test_missing_and_empty_places(tmp_path):
     (tmp_path / "a.txt").write_text("x")
     for read, path, message in [
         (read_folder, "no", "no such folder"), (read_folder, "a.txt", "a file"), (read_folder, "empty", "found none"),
-        (read_spectra, "no.h5", "no such file"), (read_spectra, "empty", "found none"), (read_spectra, "a.txt", ".txt"),
+        (read_spectra, "no.h5", "no such file"), (read_spectra, "empty", "found none"),
+        (read_spectra, "a.txt", "found .txt"),
         (read_store, "no.h5", "no such file"), (read_store, "empty", "a folder"), (read_lh5, "no.lh5", "no such file"),
         (read_histogram, "no.h5", "no such file"),
     ]:
@@ -470,23 +471,23 @@ def test_full_disk_leaves_nothing(tmp_path, spectra, monkeypatch, kind):
     assert left_behind(tmp_path) == []
 
 
-@pytest.mark.parametrize("kind", WRITERS)
-def test_limit_of_the_operating_system(tmp_path, kind):
-    resource = pytest.importorskip("resource")
-    assert resource
-    code = f"""
+def test_limit_of_the_operating_system(tmp_path):
+    pytest.importorskip("resource")
+    code = """
         import resource, sys, numpy as np
         from deadlayer_cres.core import DataError
-        from deadlayer_cres.deadlayer.data import Spectra, write_{kind} as write
+        from deadlayer_cres.deadlayer.data import Spectra, write_folder, write_lh5, write_store
         n = 40
         s = Spectra(np.random.default_rng(0).integers(0, 2**60, (n, 900)), np.arange(901) / 2, np.arange(n), np.ones(n))
         resource.setrlimit(resource.RLIMIT_FSIZE, (8000, resource.RLIM_INFINITY))
-        try: write(s, sys.argv[1])
-        except DataError as e: print(type(e).__name__, e)
+        for write in (write_folder, write_lh5, write_store):
+            try: write(s, sys.argv[1])
+            except DataError as e: print(type(e).__name__, e)
     """
-    run = subprocess.run([sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "out.h5")], capture_output=True,
-                         text=True, timeout=60)
-    assert run.stdout.startswith("DataError") and "out.h5" in run.stdout, (run.stdout, run.stderr)
+    command = [sys.executable, "-c", textwrap.dedent(code), str(tmp_path / "out.h5")]
+    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    said = run.stdout.splitlines()
+    assert len(said) == 3 and all("DataError" in t and "out.h5" in t for t in said), (run.stdout, run.stderr)
     assert left_behind(tmp_path) == [] and run.returncode == 0
 
 
@@ -541,7 +542,9 @@ def test_lh5_labels_from_the_name(tmp_path):
     "change, message",
     [({"units": "ADC"}, "keV, MeV or eV"), ({"weights": np.ones(5)}, "weights for 4 bins"),
      ({"weights": np.full(4, np.nan)}, "found nan"), ({"weights": np.full(4, 0.5)}, "found 0.5"),
-     ({"edges": (0, 2, -0.5)}, "bins"), ({"edges": (2, 0, 0.5)}, "bins"), ({"edges": (0, np.inf, 0.5)}, "bins"), ({"edges": np.array([0, 1, 1, 2, 3.0])}, "increase")],
+     ({"edges": (0, 2, -0.5)}, "step > 0"),
+     ({"edges": (2, 0, 0.5)}, "first < last"), ({"edges": (0, np.inf, 0.5)}, "first < last"),
+     ({"edges": np.array([0, 1, 1, 2, 3.0])}, "increase")],
 )
 def test_bad_lh5(tmp_path, change, message):
     write_foreign_lh5(tmp_path / "a.lh5", **{"weights": np.ones(4), "edges": (0.0, 2.0, 0.5)} | change)
@@ -594,6 +597,9 @@ def test_prepare(folder, tmp_path, spectra):
     summary = prepare([folder, tmp_path / "more.h5"], tmp_path / "out.h5", rebin=2)
     packed = read_store(tmp_path / "out.h5")
     assert (packed.counts[:6] == spectra.select_energy(5, 450).rebin(2).counts).all() and packed.exposure == 2
+    assert packed.provenance["rebin"] == 2 and packed.provenance["energy_keV"] == [5, 450]
+    with pytest.raises(DataError, match="not taken"):  # checked before anything is read
+        prepare(tmp_path / "missing", tmp_path / "out.h5")
     assert summary["spectra"] == 8 and summary["bins"] == 445 and summary["checksum"] == packed.checksum
     assert [s["spectra"] for s in summary["sources"]] == [6, 2] and summary["counts"] == packed.counts.sum()
     assert json.loads(json.dumps(summary)) == summary
@@ -638,9 +644,9 @@ def test_place_of_the_data(tmp_path, monkeypatch):
 
 
 def test_published_spectra(published, tmp_path):
-    start = time.perf_counter()
+    start = time.process_time()
     sets = {d: read_folder(published / f"training_data_V05268A_5000randomFCCDs_{d}") for d in ("DLF1", "randomDLFs")}
-    assert time.perf_counter() - start < 30
+    assert time.process_time() - start < 20  # 9,099 files take about 5 s of processor time
     assert len(sets["DLF1"]) == 4591 and len(sets["randomDLFs"]) == 4508
     assert (sets["DLF1"].dlf == 1).all() and np.unique(sets["randomDLFs"].dlf).size > 1000
     for s in sets.values():

@@ -8,7 +8,7 @@ __all__ = ['PUBLISHED_EXPOSURE', 'PUBLISHED_BINS', 'PUBLISHED_BIN_KEV', 'ENERGY_
            'read_store', 'write_folder', 'read_lh5', 'write_lh5', 'read_spectra', 'summarise', 'prepare', 'plot_labels',
            'plot_spectra', 'shared_data']
 
-# %% ../../nbs/deadlayer/12_data.ipynb #721b2eb6
+# %% ../../nbs/deadlayer/12_data.ipynb #cfdf71a8
 import contextlib
 import dataclasses
 import json
@@ -27,12 +27,12 @@ import numpy as np
 
 from ..core import ConfigError, DataError, atomic_path, checksum, numpy_rng, progress, to_plain
 
-# %% ../../nbs/deadlayer/12_data.ipynb #c85a3ec8
+# %% ../../nbs/deadlayer/12_data.ipynb #1f134302
 PUBLISHED_EXPOSURE = 1e8 * 6 / (1800 * 116.1e3)  # decays x solid-angle weight / (time in s x activity in Bq)
 PUBLISHED_BINS, PUBLISHED_BIN_KEV = 900, 0.5  # number and width of the bins; the first begins at 0 keV
 ENERGY_KEV = (5.0, 450.0)  # default range: above the threshold of the measurement, up to the last bin
 
-# %% ../../nbs/deadlayer/12_data.ipynb #3d4acbfc
+# %% ../../nbs/deadlayer/12_data.ipynb #255270c0
 def _as_counts(
     values: np.ndarray,  # (n, bins), any number type
     paths: Sequence | None = None,  # the file of each row, for the message
@@ -53,7 +53,7 @@ def _as_counts(
                         int(row) if one else None, "give raw counts, before any scaling or background subtraction")
     return values.astype(np.int64, copy=False)
 
-# %% ../../nbs/deadlayer/12_data.ipynb #eda32c03
+# %% ../../nbs/deadlayer/12_data.ipynb #2dceb6dd
 def _check_edges(edges_keV: np.ndarray, bins: int) -> None:
     "Raise a `DataError` unless `edges_keV` are `bins + 1` finite, increasing energies in keV."
     if edges_keV.shape != (bins + 1,):
@@ -73,7 +73,7 @@ def _check_label(name: str, values: np.ndarray, n: int, high: float) -> None:
         raise DataError(f"{name} as {limits}", str(values[bad[0]]), row=int(bad[0]),
                         remedy="use NaN where the value is unknown")
 
-# %% ../../nbs/deadlayer/12_data.ipynb #28e35f11
+# %% ../../nbs/deadlayer/12_data.ipynb #281bb48b
 def _bins_inside(edges_keV: np.ndarray, low_keV: float, high_keV: float) -> slice:
     "The bins of `edges_keV` which lie wholly inside `low_keV` to `high_keV`."
     slack = 1e-6 * np.diff(edges_keV).min()
@@ -96,7 +96,7 @@ def _span(name: str, values: np.ndarray, unit: str = "") -> str:
     known = values[~np.isnan(values)]
     return f"{name} {known.min():g} to {known.max():g}{unit}" if known.size else f"{name} unknown"
 
-# %% ../../nbs/deadlayer/12_data.ipynb #92dd37b0
+# %% ../../nbs/deadlayer/12_data.ipynb #de05e3e1
 @dataclasses.dataclass(eq=False, repr=False)
 class Spectra:
     """Energy spectra with common bins. Indexing with an integer, slice, mask or index array gives `Spectra` again."""
@@ -157,7 +157,7 @@ class Spectra:
         counts = self.counts.reshape(len(self), bins, n).sum(2)
         return dataclasses.replace(self, counts=counts, edges_keV=self.edges_keV[::n])
 
-# %% ../../nbs/deadlayer/12_data.ipynb #93ebea0f
+# %% ../../nbs/deadlayer/12_data.ipynb #02659640
 def normalise(
     counts: np.ndarray,  # (..., bins) counts
     how: Literal["exposure", "unit", "none"] = "exposure",  # divide by the exposure, scale to unit area, or leave
@@ -180,7 +180,7 @@ def normalise(
                         remedy="leave the spectrum out or widen the energy range")
     return counts / area
 
-# %% ../../nbs/deadlayer/12_data.ipynb #b02955ab
+# %% ../../nbs/deadlayer/12_data.ipynb #e11303aa
 def concatenate(
     parts: Sequence[Spectra],  # sets with equal edges and exposure
 ) -> Spectra:
@@ -200,7 +200,7 @@ def concatenate(
     join = {k: np.concatenate([getattr(p, k) for p in parts]) for k in ("counts", "fccd_in_mm", "dlf")}
     return dataclasses.replace(first, **join, provenance={"parts": [p.provenance for p in parts]})
 
-# %% ../../nbs/deadlayer/12_data.ipynb #90a5c2eb
+# %% ../../nbs/deadlayer/12_data.ipynb #8fdf80c9
 def _deal(columns: np.ndarray, blocks: np.ndarray, n_blocks: int, seed: int, fractions: Sequence[float]) -> np.ndarray:
     "Part (0, 1, 2) of each (column, block): the blocks of a column are shuffled onto shares of the unit interval."
     shares = np.cumsum(fractions)[:-1] - 1e-12
@@ -212,7 +212,7 @@ def _deal(columns: np.ndarray, blocks: np.ndarray, n_blocks: int, seed: int, fra
         part[here] = np.searchsorted(shares, place, side="right")[blocks[here]]
     return part
 
-# %% ../../nbs/deadlayer/12_data.ipynb #d4141d17
+# %% ../../nbs/deadlayer/12_data.ipynb #909b6759
 def split_by_block(
     fccd_in_mm: np.ndarray,  # (n,) depths in mm
     dlf: np.ndarray,  # (n,) dead layer fractions in [0, 1]
@@ -250,7 +250,7 @@ def _cell(values: np.ndarray, size: float) -> np.ndarray:
     "Index of the cell of width `size` in which each value lies; a value on a border belongs to the upper cell."
     return np.floor(values / size + 1e-6).astype(np.int64)
 
-# %% ../../nbs/deadlayer/12_data.ipynb #3e8ca471
+# %% ../../nbs/deadlayer/12_data.ipynb #125f1c12
 @dataclasses.dataclass
 class SplitConfig:
     """Settings of the split into training, validation and test parts (see `split_by_block`)."""
@@ -267,7 +267,7 @@ class SplitConfig:
         blocks = (self.fccd_block_in_mm, self.dlf_block)
         return split_by_block(spectra.fccd_in_mm, spectra.dlf, self.seed, fractions, *blocks)
 
-# %% ../../nbs/deadlayer/12_data.ipynb #46db416c
+# %% ../../nbs/deadlayer/12_data.ipynb #b8a5f65a
 _NUMBER = r"[+-]?\d+(?:\.\d*)?(?:[eE][+-]?\d+)?"
 _LABELS = re.compile(rf"(?:^|_)FCCD({_NUMBER})mm_DLF({_NUMBER})(?:_fracFCCDbore{_NUMBER})?$")
 
@@ -287,7 +287,7 @@ def parse_labels(
         raise DataError("DLF in [0, 1] in the file name", found[2], path)
     return fccd, dlf
 
-# %% ../../nbs/deadlayer/12_data.ipynb #db10d829
+# %% ../../nbs/deadlayer/12_data.ipynb #b1e981e5
 _EXTENSIONS = (".h5", ".hdf5", ".lh5")
 
 def _unreadable(path: Path, error: Exception) -> DataError:
@@ -312,7 +312,7 @@ def _reading(path: str | os.PathLike) -> Iterator[h5py.File]:
     except (OSError, RuntimeError) as e:
         raise _unreadable(Path(path), e) from e
 
-# %% ../../nbs/deadlayer/12_data.ipynb #9193721c
+# %% ../../nbs/deadlayer/12_data.ipynb #476ccd65
 _VALUES = b"energy_hist/block0_values"
 
 def _read_published(path: Path, bins: int) -> tuple[np.ndarray, float]:
@@ -340,7 +340,7 @@ def _read_published(path: Path, bins: int) -> tuple[np.ndarray, float]:
     finally:
         file.close()
 
-# %% ../../nbs/deadlayer/12_data.ipynb #5359ce29
+# %% ../../nbs/deadlayer/12_data.ipynb #38c0efd7
 def read_histogram(
     path: str | os.PathLike,  # one published file
     exposure: float | None = None,  # events per event of the measurement; None: as noted in the file, else by the name
@@ -356,7 +356,7 @@ def read_histogram(
     return Spectra(_as_counts(values[None], [path]), np.arange(bins + 1) * bin_keV, [fccd], [dlf], exposure,
                    {"source": str(path), "layout": "published file"})
 
-# %% ../../nbs/deadlayer/12_data.ipynb #178b178c
+# %% ../../nbs/deadlayer/12_data.ipynb #267551a1
 def _list_folder(folder: Path) -> list[tuple[float, float, Path]]:
     "(FCCD, DLF, path) of every HDF5 file in `folder`, sorted."
     if not folder.is_dir():
@@ -377,7 +377,7 @@ def _one_exposure(noted: Sequence[float], exposure: float | None, paths: Sequenc
                         remedy="put sets of different exposure into separate folders")
     return PUBLISHED_EXPOSURE if np.isnan(noted[0]) else noted[0]
 
-# %% ../../nbs/deadlayer/12_data.ipynb #9ad49a3b
+# %% ../../nbs/deadlayer/12_data.ipynb #a1ee4144
 def read_folder(
     folder: str | os.PathLike,  # folder of published files
     exposure: float | None = None,  # events per event of the measurement; None: as noted in the files, or published
@@ -401,7 +401,7 @@ def read_folder(
                       stacklevel=2)
     return spectra
 
-# %% ../../nbs/deadlayer/12_data.ipynb #6fb2b28c
+# %% ../../nbs/deadlayer/12_data.ipynb #c2a3271a
 def _refuse(path: Path, overwrite: bool) -> None:
     "Raise a `DataError` if `path` exists and may not be replaced."
     if path.exists() and not overwrite:
@@ -435,7 +435,7 @@ def _writing(path: str | os.PathLike, overwrite: bool) -> Iterator[h5py.File]:
     with _failing_writes(path), atomic_path(path) as part, _in_memory(part) as f:
         yield f
 
-# %% ../../nbs/deadlayer/12_data.ipynb #35d44570
+# %% ../../nbs/deadlayer/12_data.ipynb #8768b8ef
 _STORE_FORMAT, _STORE_VERSION = "deadlayer-spectra", 1  # the attributes `format` and `version`
 
 def write_store(
@@ -455,7 +455,7 @@ def write_store(
         f.attrs.update({"format": _STORE_FORMAT, "version": _STORE_VERSION, "exposure": spectra.exposure,
                         "provenance": json.dumps(to_plain(spectra.provenance)), "checksum": spectra.checksum})
 
-# %% ../../nbs/deadlayer/12_data.ipynb #d9a15798
+# %% ../../nbs/deadlayer/12_data.ipynb #23ad2c6d
 def read_store(
     path: str | os.PathLike,  # a file written by `write_store`
 ) -> Spectra:
@@ -481,7 +481,7 @@ def read_store(
                         remedy="the file was changed or damaged; make it again")
     return spectra
 
-# %% ../../nbs/deadlayer/12_data.ipynb #0f1d92c8
+# %% ../../nbs/deadlayer/12_data.ipynb #d9e9bedf
 def _write_pandas(f: h5py.File, counts: np.ndarray) -> None:
     "Write `counts` (bins,) as the pandas table `energy_hist` with one column called 0."
     def note(item, **attrs):
@@ -502,7 +502,7 @@ def _write_pandas(f: h5py.File, counts: np.ndarray) -> None:
     group["block0_values"] = counts[:, None]
     note(group["block0_values"], **array)
 
-# %% ../../nbs/deadlayer/12_data.ipynb #d96282de
+# %% ../../nbs/deadlayer/12_data.ipynb #a1e50b8d
 def _published_names(spectra: Spectra, stem: str, bore_fraction: float) -> list[str]:
     "A file name for each spectrum; a `DataError` if binning or labels do not fit the published layout."
     edges = np.arange(PUBLISHED_BINS + 1) * PUBLISHED_BIN_KEV
@@ -529,7 +529,7 @@ def _replace_folder(new: Path, folder: Path) -> None:
     os.rename(new, folder)
     shutil.rmtree(old)
 
-# %% ../../nbs/deadlayer/12_data.ipynb #85658be4
+# %% ../../nbs/deadlayer/12_data.ipynb #e609fa0b
 def write_folder(
     spectra: Spectra,  # simulated spectra with the published binning
     folder: str | os.PathLike,  # the folder to create
@@ -559,7 +559,7 @@ def write_folder(
                     f.attrs["exposure"] = spectra.exposure
             _replace_folder(new, folder)
 
-# %% ../../nbs/deadlayer/12_data.ipynb #df919bf7
+# %% ../../nbs/deadlayer/12_data.ipynb #ddb36054
 _LH5_HISTOGRAM = "struct{binning,isdensity,weights}"
 _KEV = {"kev": 1.0, "mev": 1e3, "ev": 1e-3}
 
@@ -575,8 +575,9 @@ def _lh5_edges_keV(group: h5py.Group, path: Path) -> np.ndarray:
         if missing := [k for k in ("first", "last", "step") if k not in edges]:
             raise DataError("binedges with first, last and step", f"no {missing[0]}", path, group.name)
         first, last, step = (float(edges[k][()]) for k in ("first", "last", "step"))
-        bins = round((last - first) / step) if step > 0 and first < last < np.inf else 0
-        values = np.linspace(first, last, bins + 1)
+        if not (0 < step < np.inf and -np.inf < first < last < np.inf):
+            raise DataError("bins with first < last and step > 0", f"{first}, {last}, {step}", path, group.name)
+        values = np.linspace(first, last, round((last - first) / step) + 1)
     else:
         values = np.asarray(edges[()], np.float64)
     return values * _KEV[units.lower()]
@@ -593,7 +594,7 @@ def _lh5_counts(group: h5py.Group, edges_keV: np.ndarray, path: Path) -> np.ndar
         weights = np.where(np.isclose(product, whole, rtol=1e-6, atol=1e-6), whole, product)
     return _as_counts(weights[None], [path])
 
-# %% ../../nbs/deadlayer/12_data.ipynb #dfc34749
+# %% ../../nbs/deadlayer/12_data.ipynb #38313ffa
 def _lh5_histograms(f: h5py.File) -> list[str]:
     "Names of all LH5 histograms in `f`, sorted."
     names = []
@@ -617,7 +618,7 @@ def _read_lh5_histogram(group: h5py.Group, labels: tuple[float, float], path: Pa
     except DataError as e:
         raise e if e.path else DataError(e.expected, e.found, path, f"{group.name}: {e.row}", e.remedy) from e
 
-# %% ../../nbs/deadlayer/12_data.ipynb #5aa7132b
+# %% ../../nbs/deadlayer/12_data.ipynb #e84e22e8
 def read_lh5(
     path: str | os.PathLike,  # an LH5 file
     key: str | None = None,  # name of one histogram in it; None: all of them, in the order of their names
@@ -641,7 +642,7 @@ def read_lh5(
     spectra.provenance = {"source": str(path), "layout": "lh5", "keys": len(parts)}
     return spectra if exposure is None else dataclasses.replace(spectra, exposure=exposure)
 
-# %% ../../nbs/deadlayer/12_data.ipynb #ed6213b2
+# %% ../../nbs/deadlayer/12_data.ipynb #8e894e70
 def _write_lh5_histogram(f: h5py.File, name: str, spectrum: Spectra) -> None:
     "Write a set of one spectrum as the LH5 histogram `name`."
     def note(item, datatype, **attrs):
@@ -678,7 +679,7 @@ def write_lh5(
             _write_lh5_histogram(f, name, spectrum)
         f.attrs["datatype"] = f"struct{{{','.join(names)}}}"
 
-# %% ../../nbs/deadlayer/12_data.ipynb #7f485a62
+# %% ../../nbs/deadlayer/12_data.ipynb #b75cf225
 def read_spectra(
     path: str | os.PathLike,  # a store, an LH5 file, a published file or a folder of them
     exposure: float | None = None,  # events per event of the measurement; None: as noted, or as the layout implies
@@ -703,7 +704,7 @@ def read_spectra(
     raise DataError("a store, an LH5 histogram or the pandas table energy_hist", f"{keys}", path,
                     remedy="see the layouts in the documentation of deadlayer.data")
 
-# %% ../../nbs/deadlayer/12_data.ipynb #79037967
+# %% ../../nbs/deadlayer/12_data.ipynb #4086e64a
 def _duplicates(spectra: Spectra) -> int:
     "Number of labelled spectra that repeat the FCCD and DLF of another one."
     labels = np.stack([spectra.fccd_in_mm, spectra.dlf], 1)
@@ -727,7 +728,7 @@ def summarise(
         "checksum": spectra.checksum,
     }
 
-# %% ../../nbs/deadlayer/12_data.ipynb #85775f76
+# %% ../../nbs/deadlayer/12_data.ipynb #24c9ff70
 def prepare(
     sources: str | os.PathLike | Sequence[str | os.PathLike],  # files and folders of any known layout
     out: str | os.PathLike,  # the store to create
@@ -754,7 +755,7 @@ def prepare(
     return {"out": os.fspath(out), "sources": read, **summarise(spectra), "bytes": Path(out).stat().st_size,
             "seconds": round(time.perf_counter() - start, 2)}
 
-# %% ../../nbs/deadlayer/12_data.ipynb #15c23393
+# %% ../../nbs/deadlayer/12_data.ipynb #cbe9eb2c
 def plot_labels(
     spectra: Spectra,  # simulated spectra
     bins: int = 50,  # bins of the two histograms
@@ -771,7 +772,7 @@ def plot_labels(
     right.set(xlabel="FCCD (mm)", ylabel="DLF", ylim=(-0.03, 1.03))
     return fig
 
-# %% ../../nbs/deadlayer/12_data.ipynb #d9333ab3
+# %% ../../nbs/deadlayer/12_data.ipynb #ea0168cc
 def plot_spectra(
     spectra: Spectra,  # a few spectra
     how: Literal["exposure", "unit", "none"] = "exposure",  # scale, see `normalise`
@@ -793,7 +794,7 @@ def plot_spectra(
     ax.legend(fontsize="small", frameon=False)
     return ax
 
-# %% ../../nbs/deadlayer/12_data.ipynb #22cae8b3
+# %% ../../nbs/deadlayer/12_data.ipynb #9380dbd3
 def shared_data() -> Path | None:  # the folder that holds `V05268A`, or None
     "Folder of published data: `$DEADLAYER_CRES_DATA`, else the first `../shared/data` above the current folder."
     if name := os.environ.get("DEADLAYER_CRES_DATA"):

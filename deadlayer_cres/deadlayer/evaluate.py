@@ -10,7 +10,7 @@ __all__ = ['WINDOWS', 'BA133_MARKS', 'PUBLISHED', 'window_name', 'ScoredPairs', 
            'average_attention', 'attention_figure', 'attention_pairs_figure', 'evaluation_figures', 'report_sections',
            'evaluate', 'read_evaluation', 'comparison_table', 'attention_stack_figure']
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #eab52617
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #92de48c8
 import math
 import os
 from collections.abc import Callable, Mapping, Sequence
@@ -24,27 +24,16 @@ from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
 
+from .. import plots
 from ..core import DataError, RunError, default_device, derive_seed, read_json, torch_rng, write_json
+from ..metrics import accuracy, confusion, coverage, crossings, pinball_loss, roc
+from ..plots import COLOURS, Section, Table, figure, mark_lines, step_spectrum
 from .data import Spectra
 from .fit import FisherLimit, PCARegression, limit_accuracy
 from .model import QUANTILES
 from .prep import Pairs, PairSource
-from ..metrics import accuracy, confusion, coverage, crossings, pinball_loss, roc
-from deadlayer_cres.plots import (
-    COLOURS,
-    Section,
-    Table,
-    coloured_spectrum,
-    figure,
-    html_report,
-    mark_lines,
-    plot_history,
-    plot_roc,
-    save_png,
-    step_spectrum,
-)
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #e2f28ca9
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #c1ef1c71
 WINDOWS = (None, 0.5, 0.25, 0.1, 0.05, 0.01)  # largest |FCCD1 - FCCD2| in mm; None is no limit
 BA133_MARKS = {53.2: "53", 81.0: "81", 160.6: "161", 223.2: "223", 276.4: "276", 302.9: "303", 356.0: "356",
                383.8: "384"}  # keV -> label, lines of Ba-133 (xraylib); 79.6 and 81.0 keV share a label
@@ -55,7 +44,7 @@ def window_name(
     "Name of a window on |FCCD1 - FCCD2|."
     return "none" if window is None else f"{window:g}"
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #288a8c70
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #6de40b9c
 # A. Alexander, RNN_DeadLayerFit (github.com/abialexander/RNN_DeadLayerFit), saved_models/*/test_accuracies*.json:
 # quantile mode, second spectrum with DLF = 1, one scaler, 20 epochs; 3000 pairs, shared protocol.
 _RESTRICTED = {
@@ -71,7 +60,7 @@ PUBLISHED = {kind: {window: dict(zip(_COLUMNS, row, strict=False))
                     for window, row in rows.items()}
              for kind, rows in (("restricted", _RESTRICTED), ("full", _FULL))}
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #483c8b50
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #6ebb9bcc
 @dataclass
 class ScoredPairs:
     """Pairs with the outputs of one or several predictors."""
@@ -92,7 +81,7 @@ class ScoredPairs:
         "Mask (n,) of the pairs that predictor `name` got wrong."
         return (self.raw[name][:, 0] > 0) != (self.dfccd_in_mm > 0)
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #d6fb688a
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #79238fef
 def _outputs(predict: Callable, pairs: Pairs) -> np.ndarray:
     "Raw outputs of one predictor as a checked (n, outputs) array."
     raw = predict(pairs.counts1, pairs.counts2)
@@ -103,7 +92,7 @@ def _outputs(predict: Callable, pairs: Pairs) -> np.ndarray:
                         f"{int((~np.isfinite(raw)).sum())} not finite", remedy="the training may have diverged")
     return raw
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #46ac9ece
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #0f9eec74
 @torch.no_grad()
 def score_pairs(
     predictors: Mapping[str, Callable],  # name -> function of two (n, bins) tensors of counts
@@ -128,7 +117,7 @@ def score_pairs(
         keep = np.sort(np.unique(index, axis=0, return_index=True)[1])
     return ScoredPairs({k: np.concatenate(v)[keep] for k, v in raw.items()}, np.concatenate(labels)[keep], index[keep])
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #da50205c
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #ab1b34c3
 def pair_metrics(
     scored: ScoredPairs,
     name: str = "network",  # which predictor
@@ -140,7 +129,7 @@ def pair_metrics(
     return {"accuracy": right.value, "error": right.error, "auc": curve.auc, "auc_error": curve.error, "n": right.n,
             "precision": counts.precision, "recall": counts.recall, "rmse_misclassified_in_mm": rmse}
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #a4f4da12
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #81916eb9
 def evaluate_pairs(
     predictors: Mapping[str, Callable] | Callable,  # name -> predictor, or the one called `network`
     source: PairSource,
@@ -166,7 +155,7 @@ def evaluate_pairs(
             tables["limit"][key] = {"accuracy": best.value, "error": best.error, "n": best.n}
     return tables, kept
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #7d4f7485
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #46e2ae8f
 def dlf_metrics(
     scored: ScoredPairs,
     name: str = "network",
@@ -184,7 +173,7 @@ def dlf_metrics(
         return {"accuracy": right.value, "error": right.error, "auc": curve.auc, "n": right.n}
     return {}
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #de3823c0
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #a9180169
 def pair_sources(
     test: Spectra,  # spectra with random DLF that the network has not seen
     test_dlf1: Spectra | None = None,  # the same with DLF = 1
@@ -205,7 +194,7 @@ def yardsticks(
     copies = {"poisson": 16, "shared": 0}
     return {k: PCARegression(copies=c, seed=seed).fit(train) for k, c in copies.items()}, FisherLimit(train)
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #bbf3a663
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #8f4bff8d
 def collect_metrics(
     predict: Callable,  # the network
     sources: Mapping[str, Mapping[str, PairSource]],  # from `pair_sources`
@@ -234,7 +223,7 @@ def collect_metrics(
     metrics["published"] = PUBLISHED
     return metrics, headline
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #d670ebd5
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #99659100
 def regression_errors(
     model: PCARegression,
     source: PairSource,  # its first set is used, with its noise
@@ -247,7 +236,7 @@ def regression_errors(
     rmse = np.sqrt((error**2).mean(0))
     return {"rmse_fccd_in_mm": float(rmse[0]), "rmse_dlf": float(rmse[1]), "n": n}
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #e1dfd909
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #491f5696
 def _cell(row: Mapping | None) -> str:
     "Accuracy and error of a window as text."
     return f"{row['accuracy']:.4f} ± {row['error']:.4f}" if row else "-"
@@ -257,7 +246,7 @@ def _parts(metrics: Mapping, population: str) -> dict[str, dict]:
     parts = {"network": metrics, "baseline": metrics["baseline"], "limit": metrics["limit"]}
     return parts if population == "same" else {name: part.get(population, {}) for name, part in parts.items()}
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #29594329
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #1c4758d7
 def accuracy_rows(
     metrics: Mapping,  # content of metrics.json
     population: str = "same",  # or "dlf1"
@@ -270,7 +259,7 @@ def accuracy_rows(
     windows = list(parts["network"]["poisson"])
     return ["max |dFCCD| [mm]", *columns], [[w, *(_cell(c.get(w)) for c in columns.values())] for w in windows]
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #b612054a
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #b2a50859
 def _rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
     "A table for the terminal; square brackets are text, not markup."
     table = RichTable(title=escape(title))
@@ -302,7 +291,7 @@ def dlf_text(metrics: Mapping) -> list[str]:
                 f"{d['nominal']:g}), pinball loss {d['pinball']:.4f}, {d['crossings']} crossings in {d['n']}."]
     return [f"DLF: the sign of DLF1 - DLF2 is right for {_cell(d)} of {d['n']} pairs."] if d else []
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #ccb442ec
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #217133c6
 def doubts(
     metrics: Mapping,  # content of metrics.json
 ) -> list[str]:  # warnings; empty if all is as it should be
@@ -325,7 +314,7 @@ def doubts(
         said.append(f"DLF quantiles cross in {d['crossings']} of {d['n']} pairs.")
     return said
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #afb03856
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #f4db96f0
 def accuracy_figure(metrics: Mapping, population: str = "same") -> Figure:
     "Error rate (1 - accuracy) against window: network, baseline, limit and published, in both protocols."
     parts = _parts(metrics, population)
@@ -339,17 +328,17 @@ def accuracy_figure(metrics: Mapping, population: str = "same") -> Figure:
             for colour, (name, look) in zip(COLOURS, looks.items(), strict=False):
                 table = tables.get(name, {})
                 x = [k for k, w in enumerate(windows) if w in table]
-                y = [max(1 - table[windows[k]]["accuracy"], 1e-5) for k in x]
                 e = np.array([table[windows[k]]["error"] for k in x])
+                y = np.maximum([1 - table[windows[k]]["accuracy"] for k in x], e)  # none wrong: drawn at the error
                 if x:
-                    ax.errorbar(x, y, [np.minimum(e, 0.9 * np.array(y)), e], fmt=look, label=name, color=colour)
+                    ax.errorbar(x, y, [np.minimum(e, 0.7 * y), e], fmt=look, label=name, color=colour)
             ax.set(xticks=range(len(windows)), xticklabels=windows, xlabel="max |FCCD1 - FCCD2| [mm]", yscale="log",
                    title=protocol)
             ax.legend(loc="upper left")
         axes[0].set_ylabel("fraction of wrong pairs")
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #c9fe23fb
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #8b10b9af
 def roc_figure(
     scored: Mapping[str, ScoredPairs],  # window -> pairs
     name: str = "network",
@@ -359,12 +348,12 @@ def roc_figure(
               for w, s in scored.items()}
     with figure(1, 2, width=7, height=3) as (fig, axes):
         for ax in axes:
-            plot_roc(ax, curves)
+            plots.plot_roc(ax, curves)
         axes[1].set(xlim=(-0.002, 0.1), ylim=(0.9, 1.002), title="upper left corner")
         axes[1].get_legend().remove()
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #4a3a7598
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #0ca77fe2
 def output_figure(
     scored: Mapping[str, ScoredPairs],  # window -> pairs
     name: str = "network",
@@ -388,7 +377,7 @@ def _probability(logit: np.ndarray) -> np.ndarray:
     "Logistic function, without overflow."
     return 0.5 * (1 + np.tanh(logit / 2))
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #10c58731
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #be65874d
 def misclassified_figure(
     scored: ScoredPairs,
     name: str = "network",
@@ -414,7 +403,7 @@ def misclassified_figure(
         ax[5].set(xlabel="DLF1 - DLF2", ylabel="FCCD1 - FCCD2 [mm]")
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #5f78981b
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #b34fca2a
 def dlf_figure(
     scored: ScoredPairs,
     name: str = "network",
@@ -449,7 +438,7 @@ def labels_figure(spectra: Spectra) -> Figure:
         axes[2].set(xlabel="FCCD [mm]", ylabel="DLF")
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #710aff7e
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #c3671f0e
 @torch.no_grad()
 def pair_attention(
     pipeline,  # with `prep` and a `net` that can return its attention
@@ -476,7 +465,7 @@ def attention_per_bin(
     member = np.arange(bins) // segment
     return attention[:, member] / np.bincount(member)[member]
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #bcb6a646
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #6716ce63
 def average_attention(
     weight: np.ndarray,  # (n, bins)
     edges_keV: np.ndarray,  # (bins + 1,)
@@ -506,7 +495,7 @@ def attention_figure(
         axes[-1, 0].set_xlabel("energy [keV]")
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #ccafd2ff
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #029c836f
 def attention_pairs_figure(
     pairs: Pairs, weight: np.ndarray, probability: np.ndarray,  # from `pair_attention`
     edges_keV: np.ndarray,  # (bins + 1,)
@@ -516,7 +505,7 @@ def attention_pairs_figure(
     with figure(shown, 1, width=7, height=2 * shown, squeeze=False) as (fig, axes):
         for k, ax in enumerate(axes[:, 0]):
             f1, f2, d1, d2 = pairs.labels[k].tolist()
-            coloured_spectrum(ax, edges_keV, pairs.counts1[k].cpu().numpy(), weight[k], "attention per bin")
+            plots.coloured_spectrum(ax, edges_keV, pairs.counts1[k].cpu().numpy(), weight[k], "attention per bin")
             mark_lines(ax, BA133_MARKS)
             ax.set_title(f"FCCD {f1:.3f} and {f2:.3f} mm, DLF {d1:.2f} and {d2:.2f}: P(FCCD1 > FCCD2) = "
                          f"{probability[k]:.3f}", pad=14, fontsize=8)
@@ -524,7 +513,7 @@ def attention_pairs_figure(
                 ax.set_xlabel("")
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #48a15995
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #f5077032
 def evaluation_figures(
     metrics: Mapping, scored: Mapping[str, ScoredPairs],  # from `collect_metrics`
     test: Spectra,
@@ -546,10 +535,10 @@ def evaluation_figures(
         made["dlf"] = (dlf_figure(next(iter(scored.values()))), "DLF quantiles against the true DLF, and the fraction "
                        "of truths within the 10-90 % band against FCCD (dotted: nominal).")
     if history:
-        made["history"] = (plot_history(history), "Loss and accuracy against epoch.")
+        made["history"] = (plots.plot_history(history), "Loss and accuracy against epoch.")
     return made
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #db3e2a01
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #c5d1b746
 def report_sections(metrics: Mapping, figures: Mapping[str, tuple[Figure, str]], facts: Mapping) -> list[Section]:
     "The sections of the report of an evaluation; `facts` is a table of names and values."
     def pick(*names):
@@ -573,7 +562,7 @@ def report_sections(metrics: Mapping, figures: Mapping[str, tuple[Figure, str]],
                 figures=pick("history", "labels")),
     ]
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #71d160ef
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #c0c4e14d
 def evaluate(
     folder: str | os.PathLike,  # the run folder to write into
     pipeline,  # trained `Pipeline` of prep and network
@@ -605,13 +594,13 @@ def evaluate(
                                   "Spectra of single pairs, coloured by attention.")
     write_json(folder / "attention.json", average)
     for name, (fig, _) in figures.items():
-        save_png(folder / "figures" / f"{name}.png", fig)
-    html_report(folder / "report.html", f"Evaluation of {folder.resolve().name}",
+        plots.save_png(folder / "figures" / f"{name}.png", fig)
+    plots.html_report(folder / "report.html", f"Evaluation of {folder.resolve().name}",
                 report_sections(metrics, figures, facts or {}))
     write_json(folder / "metrics.json", metrics)
     return metrics
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #7c83b242
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #1c1c8eea
 def read_evaluation(
     folder: str | os.PathLike,  # a run folder
 ) -> tuple[dict, dict | None]:  # metrics, average attention if there is one
@@ -622,7 +611,7 @@ def read_evaluation(
     attention = folder / "attention.json"
     return read_json(folder / "metrics.json"), read_json(attention) if attention.exists() else None
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #d741371b
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #39a8ee74
 def _comparison_rows(runs: Mapping[str, Mapping], protocol: str) -> list[list[str]]:
     "Rows of (run, accuracies..., AUC, RMSE of wrong pairs in um, coverage); the published RNN comes last."
     windows = list(dict.fromkeys(w for m in runs.values() for w in m[protocol]))
@@ -658,7 +647,7 @@ def _latex(text: str) -> str:
              "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(marks.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #a4795fe7
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #d9ff4c1b
 def attention_stack_figure(
     attentions: Mapping[str, Mapping],  # run -> average attention
     half_width_keV: float = 5.0,  # of the bands around the lines

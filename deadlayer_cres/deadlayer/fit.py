@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['anscombe', 'PCARegression', 'local_window', 'fisher_information', 'fisher_sigma', 'FisherLimit', 'limit_accuracy']
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #f3efa623
+# %% ../../nbs/deadlayer/16_fit.ipynb #9ad1caf8
 from typing import Literal
 
 import numpy as np
@@ -17,17 +17,17 @@ from sklearn.pipeline import Pipeline, make_pipeline
 from sklearn.preprocessing import FunctionTransformer, PolynomialFeatures, StandardScaler
 
 from ..core import ConfigError, DataError, NotFittedError, numpy_rng
-from .data import Spectra
 from ..metrics import Estimate
+from .data import Spectra
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #e5b73129
+# %% ../../nbs/deadlayer/16_fit.ipynb #fe74f326
 def anscombe(
     counts,  # array of counts, any shape
 ) -> np.ndarray:  # float32, variance about 1 for Poisson counts above a few
     "Anscombe's variance-stabilising transform of Poisson counts."
     return (2 * np.sqrt(np.asarray(counts, np.float32) + 0.375)).astype(np.float32)
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #283fd01d
+# %% ../../nbs/deadlayer/16_fit.ipynb #587d012e
 class PCARegression:
     """FCCD and DLF of a spectrum by principal components and polynomial regression.
 
@@ -77,7 +77,7 @@ class PCARegression:
         "As a classifier of pairs: the estimated FCCD1 - FCCD2, positive where spectrum 1 has the thicker layer."
         return (self.predict(counts1) - self.predict(counts2))[:, :1]
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #915d7040
+# %% ../../nbs/deadlayer/16_fit.ipynb #46a9e579
 def local_window(
     fccd_in_mm, dlf,  # (n,) labels of all spectra
     at: tuple[float, float],  # FCCD in mm and DLF of the wanted point
@@ -94,7 +94,7 @@ def local_window(
     rows = np.flatnonzero(radius < grow)
     return rows, offset[rows] / grow, scale * grow
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #d374d0dd
+# %% ../../nbs/deadlayer/16_fit.ipynb #e8cfed04
 def fisher_information(
     spectra: Spectra,  # simulated spectra with different FCCD and DLF
     at: tuple[float, float],  # FCCD in mm and DLF
@@ -124,9 +124,15 @@ def fisher_information(
         spread *= len(rows) / (len(rows) - len(powers))
         excess = (solve[:2] @ solve[:2].T) / np.outer(scale, scale) * (spread[used] / mu[used]).sum()
         information[:2, :2] -= excess
+        information = _positive(information, np.append(scale, 1.0))
     return information
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #a9d3f5bc
+def _positive(matrix: np.ndarray, unit: np.ndarray) -> np.ndarray:
+    "The matrix with its negative eigenvalues, in the given units of its parameters, set to zero."
+    value, vector = np.linalg.eigh(matrix * np.outer(unit, unit))
+    return (vector * np.maximum(value, 0)) @ vector.T / np.outer(unit, unit)
+
+# %% ../../nbs/deadlayer/16_fit.ipynb #b503d788
 def fisher_sigma(
     information: np.ndarray,  # (..., 3, 3) from `fisher_information`
     dlf: Literal["free", "known"] = "free",
@@ -144,7 +150,7 @@ def fisher_sigma(
                         remedy="use more spectra or a wider window")
     return np.sqrt(variance)
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #60f50490
+# %% ../../nbs/deadlayer/16_fit.ipynb #8a400a00
 class FisherLimit:
     """The best possible FCCD resolution of one measured spectrum, anywhere in the range of the simulated `spectra`."""
 
@@ -155,15 +161,15 @@ class FisherLimit:
         **options,  # passed to `fisher_information`
     ):
         f, d = spectra.fccd_in_mm, spectra.dlf
-        steps = np.linspace(0, 1, nodes[0])**1.7  # denser where the layer is thin
-        self.fccd_in_mm = f.min() + np.ptp(f) * steps
+        steps = np.linspace(0, 1, nodes[0]) ** 1.7  # denser where the layer is thin
+        self.fccd_in_mm = f.min() + np.ptp(f) * (0.01 + 0.94 * steps)
         self.dlf = np.linspace(d.min(), d.max(), nodes[1])
         self.information = np.array([[fisher_information(spectra, (x, y), **options) for y in self.dlf]
                                      for x in self.fccd_in_mm])
 
     def sigma(
         self,
-        fccd_in_mm, dlf,  # (n,) where; outside the range of the simulation the nearest edge counts
+        fccd_in_mm, dlf,  # (n,) where; outside the table its nearest edge counts
         dlf_is: Literal["free", "known"] = "free",
         scale_is: Literal["free", "known"] = "known",
     ) -> np.ndarray:  # (n,) mm
@@ -173,7 +179,7 @@ class FisherLimit:
                            np.clip(np.asarray(dlf, float), self.dlf[0], self.dlf[-1])], -1)
         return np.exp(RegularGridInterpolator((self.fccd_in_mm, self.dlf), table)(points))
 
-# %% ../../nbs/deadlayer/16_fit.ipynb #bbe66244
+# %% ../../nbs/deadlayer/16_fit.ipynb #2e8e0e57
 def limit_accuracy(
     sigma1, sigma2,  # (n,) limits of both spectra, mm
     dfccd_in_mm,  # (n,) FCCD1 - FCCD2

@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS', 'SOFTEN', 'Pairs', 'partner_ranges', 'propose_uniform', 'propose_log_uniform', 'PairSource',
            'pair_channels', 'InputConfig', 'PairInputs', 'PairConfig', 'PairBatches']
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #8f847648
+# %% ../../nbs/deadlayer/13_prep.ipynb #a754fc94
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ import torch
 from ..core import ConfigError, DataError, FittedStep, default_device, torch_rng
 from .data import Spectra
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #9081454a
+# %% ../../nbs/deadlayer/13_prep.ipynb #45666e54
 class Pairs(NamedTuple):
     "A batch of pairs of spectra; every field is a tensor of length n, or (n, bins) for the counts."
     counts1: torch.Tensor  # (n, bins) counts, in units of the measurement's exposure
@@ -27,7 +27,7 @@ class Pairs(NamedTuple):
     index2: torch.Tensor  # (n,) row in the second set
     labels: torch.Tensor  # (n, 4) FCCD1 [mm], FCCD2 [mm], DLF1, DLF2
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #8123fb2c
+# %% ../../nbs/deadlayer/13_prep.ipynb #3fbbeb9e
 def partner_ranges(
     fccd1: torch.Tensor,  # (n1,) sorted, mm
     fccd2: torch.Tensor,  # (n2,) sorted, mm
@@ -52,7 +52,7 @@ def propose_uniform(
     before = torch.where(i > 0, total[(i - 1).clamp(min=0)], 0)
     return i, low[i] + number - before
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #4e5a311f
+# %% ../../nbs/deadlayer/13_prep.ipynb #f0ebd1cc
 def propose_log_uniform(
     fccd1: torch.Tensor,  # (n1,) sorted, mm
     fccd2: torch.Tensor,  # (n2,) sorted, mm
@@ -72,7 +72,7 @@ def propose_log_uniform(
     left = (right - 1).clamp(min=0)
     return i, torch.where((fccd2[left] - goal).abs() < (fccd2[right] - goal).abs(), left, right)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #83afea42
+# %% ../../nbs/deadlayer/13_prep.ipynb #37cd3a5d
 class PairSource:
     """Pairs of one spectrum of `first` and one of `second`, drawn as whole batches on `device`.
 
@@ -96,17 +96,6 @@ class PairSource:
             raise DataError(f"{self.mean1.shape[1]} bins in both sets", f"{self.mean2.shape[1]} in the second",
                             remedy="cut both to the same energy range")
         self.edges_keV = torch.as_tensor(first.edges_keV, dtype=torch.float32, device=self.device)
-        self._ranges = {}  # window -> partner_ranges
-
-    def _propose(self, n, window, how, min_dfccd_in_mm, generator):
-        f1, f2 = self.labels1[:, 0].contiguous(), self.labels2[:, 0].contiguous()
-        if how == "log_uniform":
-            return propose_log_uniform(f1, f2, n, min_dfccd_in_mm, window, generator)
-        if window not in self._ranges:
-            self._ranges[window] = partner_ranges(f1, f2, window)
-        if self._ranges[window][1][-1] == 0:
-            raise DataError(f"pairs with |FCCD1 - FCCD2| <= {window} mm", "none", remedy="widen the window")
-        return propose_uniform(*self._ranges[window], n, generator)
 
     def draw(
         self,
@@ -120,7 +109,7 @@ class PairSource:
         "Draw `n` pairs; raises `DataError` where the windows leave (almost) none."
         kept, found = [], 0
         for _ in range(100):
-            i, j = self._propose(n, max_dfccd_in_mm, how, min_dfccd_in_mm, generator)
+            i, j = _propose(self, n, max_dfccd_in_mm, how, min_dfccd_in_mm, generator)
             apart = (self.labels1[i] - self.labels2[j]).abs()
             good = apart[:, 0] > 0
             for column, limit in enumerate((max_dfccd_in_mm, max_ddlf)):
@@ -140,7 +129,17 @@ class PairSource:
         labels = torch.cat([self.labels1[i], self.labels2[j]], 1)[:, [0, 2, 1, 3]]
         return Pairs(a, b, self.rows1[i], self.rows2[j], labels)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #c32a7da4
+# %% ../../nbs/deadlayer/13_prep.ipynb #39be3c8f
+def _propose(source, n, window, how, min_dfccd_in_mm, generator):
+    "Rows (i, j) of n pairs in FCCD order, by either law."
+    f1, f2 = source.labels1[:, 0].contiguous(), source.labels2[:, 0].contiguous()
+    if how == "log_uniform":
+        return propose_log_uniform(f1, f2, n, min_dfccd_in_mm, window, generator)
+    low, total = partner_ranges(f1, f2, window)
+    if total[-1] == 0:
+        raise DataError(f"pairs with |FCCD1 - FCCD2| <= {window} mm", "none", remedy="widen the window")
+    return propose_uniform(low, total, n, generator)
+
 def _sorted_by_fccd(spectra, device):
     "Rows in FCCD order, expected counts of the measurement's exposure (n, bins), labels (n, 2)."
     if len(spectra) == 0:
@@ -153,7 +152,7 @@ def _sorted_by_fccd(spectra, device):
     labels = torch.as_tensor(np.stack([spectra.fccd_in_mm, spectra.dlf], 1)[rows], device=device)
     return torch.as_tensor(rows, device=device), mean, labels
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #432df7fe
+# %% ../../nbs/deadlayer/13_prep.ipynb #bed9dd7a
 CHANNELS = ("difference", "pull", "log_difference", "ratio", "level")
 SOFTEN = 4.0
 
@@ -174,20 +173,21 @@ def pair_channels(
     }
     return torch.stack([made[c]() for c in channels], 1)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #3ee22976
+# %% ../../nbs/deadlayer/13_prep.ipynb #f469df00
 @dataclass
 class InputConfig:
     "What the network sees of a pair."
     channels: list[Literal["difference", "pull", "log_difference", "ratio", "level"]] = field(
         default_factory=lambda: ["pull", "level"])
     unit_area: bool = False  # give both spectra the same area, so that only shapes are compared
-    scalers: Literal["one", "per_set"] = "one"  # standard scores of `difference`: common, or one for each set of spectra
+    scalers: Literal["one", "per_set"] = "one"  # of `difference`: common to both sets, or one each
 
     def __post_init__(self):
         if not self.channels or len(set(self.channels)) < len(self.channels) or set(self.channels) - set(CHANNELS):
-            raise ConfigError(f"one or more different channels of {', '.join(CHANNELS)}", str(self.channels), row="channels")
+            raise ConfigError(f"one or more different channels of {', '.join(CHANNELS)}", str(self.channels),
+                              row="channels")
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #5f3933a7
+# %% ../../nbs/deadlayer/13_prep.ipynb #2891352f
 class PairInputs(FittedStep):
     "Batch step: counts of two spectra, each (n, bins), to scaled channels (n, channels, bins); `fit` it first."
 
@@ -248,7 +248,7 @@ def _spread(x):
     std = x.std(0)
     return torch.where(std > 1e-6, std, torch.ones_like(std))
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #db9a9903
+# %% ../../nbs/deadlayer/13_prep.ipynb #d8f3c8cf
 @dataclass
 class PairConfig:
     "Which pairs a network is trained on."
@@ -276,7 +276,7 @@ class PairConfig:
         return {"max_dfccd_in_mm": self.max_dfccd_in_mm, "max_ddlf": self.max_ddlf, "how": self.how,
                 "min_dfccd_in_mm": self.min_dfccd_in_mm}
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #2f58a845
+# %% ../../nbs/deadlayer/13_prep.ipynb #4bbb5280
 class PairBatches:
     "An iterable of `n_batches` batches (counts1, counts2, labels), fresh in each epoch unless `fixed`."
 

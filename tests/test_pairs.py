@@ -3,6 +3,7 @@
 import numpy as np
 import pytest
 import torch
+
 from deadlayer_cres.core import ConfigError, DataError, NotFittedError, RunError, to_plain, torch_rng
 from deadlayer_cres.deadlayer import infer as infer_module
 from deadlayer_cres.deadlayer.data import Spectra

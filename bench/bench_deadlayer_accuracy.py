@@ -3,7 +3,7 @@ Writes bench/results/deadlayer_accuracy.json.
 
     python bench/bench_deadlayer_accuracy.py [--spectra FOLDER] [--run RUN] [--config FILE]
 
-FOLDER holds the published files (default: `V05268A` in $DEADLAYER_CRES_DATA or ../shared/data). With an existing finished RUN
+FOLDER holds the published files (default: `V05268A` in $DEADLAYER_CRES_DATA or ../shared/data). With a finished RUN
 nothing is trained again.
 """
 import argparse

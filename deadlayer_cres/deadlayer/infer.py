@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'WINDOWS_KEV', 'fit_temperature', 'Scan', 'summarise_scan',
            'interpolate_spectrum', 'agreement', 'Inference', 'doubts', 'infer', 'scan_figure', 'spectrum_figure',
            'attention_of_decision_figure', 'result_rows', 'write_inference']
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #ca479a68
+# %% ../../nbs/deadlayer/17_infer.ipynb #5b3163b4
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -23,9 +23,18 @@ from ..core import DataError, torch_rng, write_json
 from .data import Spectra
 from .evaluate import BA133_MARKS, attention_per_bin
 from .prep import PairSource
-from ..plots import Section, Table, coloured_spectrum, figure, html_report, mark_lines, save_png, step_spectrum
+from deadlayer_cres.plots import (
+    Section,
+    Table,
+    coloured_spectrum,
+    figure,
+    html_report,
+    mark_lines,
+    save_png,
+    step_spectrum,
+)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #b771496c
+# %% ../../nbs/deadlayer/17_infer.ipynb #04adbbe6
 def fit_temperature(
     logit: np.ndarray,  # (n,) of pairs drawn uniformly within a narrow window
     thicker: np.ndarray,  # (n,) whether FCCD1 > FCCD2
@@ -41,7 +50,7 @@ def fit_temperature(
             break
     return 1 / a
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #6d305ee2
+# %% ../../nbs/deadlayer/17_infer.ipynb #26ce37be
 LEVELS = {"68": (0.16, 0.84), "90": (0.05, 0.95)}
 
 @dataclass
@@ -71,7 +80,7 @@ def summarise_scan(
     intervals = {name: (cross(1 - low), cross(1 - high)) for name, (low, high) in LEVELS.items()}
     return Scan(x, p, falling, cross(0.5), intervals)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #5fbadd4b
+# %% ../../nbs/deadlayer/17_infer.ipynb #f1b487b7
 @torch.no_grad()
 def ask(
     pipeline: Callable,  # trained `Pipeline`
@@ -88,12 +97,12 @@ def ask(
         answers.append(pipeline(x.expand(len(y), -1), y).float().cpu().numpy())
     return np.concatenate(answers)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #0ffb63f9
+# %% ../../nbs/deadlayer/17_infer.ipynb #d832a462
 @torch.no_grad()
 def validation_temperature(
     pipeline: Callable,
     source: PairSource,  # of validation spectra, the references as second
-    window_in_mm: float = 0.02,  # pairs closer than this decide about the width
+    window_in_mm: float = 0.05,  # pairs closer than this decide about the width
     n: int = 8192,
     seed: int = 0,
 ) -> float:
@@ -103,7 +112,7 @@ def validation_temperature(
         pairs.counts1.split(1024), pairs.counts2.split(1024), strict=True)])
     return fit_temperature(logit, (pairs.labels[:, 0] > pairs.labels[:, 1]).cpu().numpy())
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #a2aaa3b9
+# %% ../../nbs/deadlayer/17_infer.ipynb #7dfb8845
 def interpolate_spectrum(
     spectra: Spectra,  # simulated
     fccd_in_mm: float,
@@ -119,7 +128,7 @@ def interpolate_spectrum(
     root = np.sqrt(spectra.counts[near] / spectra.exposure)
     return np.linalg.lstsq(design * weight, root * weight, rcond=1e-6)[0][0] ** 2
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #9c36da2c
+# %% ../../nbs/deadlayer/17_infer.ipynb #91b6aae7
 WINDOWS_KEV = (5, 25, 45, 70, 95, 150, 210, 290, 320, 370, 395, 450)
 
 def agreement(
@@ -144,7 +153,7 @@ def agreement(
                      "chi2": chi2, "bins": len(n), "p_value": float(chi2_law.sf(chi2, len(n)))})
     return rows
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #f13caee6
+# %% ../../nbs/deadlayer/17_infer.ipynb #06b5edc5
 @dataclass
 class Inference:
     "What was inferred of one measured spectrum."
@@ -164,7 +173,7 @@ class Inference:
                 "agreement": self.windows, "warnings": self.warnings,
                 "scan": {k: getattr(self.scan, k) for k in ("fccd_in_mm", "probability", "falling")}}
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #402beb70
+# %% ../../nbs/deadlayer/17_infer.ipynb #87e01e12
 def doubts(windows: list[dict], p_value: float = 1e-6) -> list[str]:
     "Warnings where Monte-Carlo and measurement disagree beyond statistics."
     bad = [w for w in windows if w["p_value"] < p_value]
@@ -176,7 +185,7 @@ def doubts(windows: list[dict], p_value: float = 1e-6) -> list[str]:
             f"({where} keV); worst {worst['low_keV']:g}-{worst['high_keV']:g} keV with chi2 per bin "
             f"{worst['chi2'] / worst['bins']:.1f}. The intervals are statistical only and do not cover this."]
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #030487d3
+# %% ../../nbs/deadlayer/17_infer.ipynb #7d9c966e
 def infer(
     pipeline: Callable,  # trained `Pipeline`, evaluation mode
     measured: Spectra,  # one spectrum
@@ -202,7 +211,7 @@ def infer(
     attention = _attention(pipeline, counts, reference[near])
     return Inference(scan, quantiles, temperature, windows, doubts(windows), measured, expected, attention)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #26f13e77
+# %% ../../nbs/deadlayer/17_infer.ipynb #8ba33efc
 def _check_measured(measured: Spectra, references: Spectra) -> None:
     if len(measured) != 1:
         raise DataError("one measured spectrum", str(len(measured)), remedy="choose one")
@@ -223,7 +232,7 @@ def _attention(pipeline, counts, reference):
     _, attention = pipeline.net(pipeline.prep(a.expand(len(b), -1), b), return_attention=True)
     return attention_per_bin(attention.cpu().numpy(), pipeline.net.config.segment, len(counts)).mean(0)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #e8d4e07b
+# %% ../../nbs/deadlayer/17_infer.ipynb #d2e88336
 def scan_figure(scan: Scan) -> Figure:
     "The scan, whole and near the decision, with the best value and the agreement region."
     low, high = scan.intervals["90"]
@@ -241,7 +250,7 @@ def scan_figure(scan: Scan) -> Figure:
         axes[1].legend(loc="upper right")
     return fig
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #0982983e
+# %% ../../nbs/deadlayer/17_infer.ipynb #3bfb1a34
 def spectrum_figure(inference: Inference) -> Figure:
     "The measured spectrum, the Monte-Carlo at the best values with the DLF band, and their ratio; three energy ranges."
     m, expected = inference.measured, inference.expected
@@ -259,22 +268,22 @@ def spectrum_figure(inference: Inference) -> Figure:
             if "low" in expected:
                 band = [expected[k] / np.maximum(expected["best"], 1e-9) for k in ("low", "high")]
                 bottom.stairs(np.maximum(*band), edges, baseline=np.minimum(*band), fill=True, color="#c03020",
-                              alpha=0.4, label="DLF 10-90 %")
+                              alpha=0.4)
             inside = (edges[:-1] >= low) & (edges[1:] <= high)
             top.set(xlim=(low, high), xlabel="", ylim=_room(counts[inside]))
             bottom.axhline(1, color="#888888", linewidth=0.6)
             bottom.set(xlabel="energy [keV]", ylim=(0.7, 1.3))
         axes[1, 0].set_ylabel("measured / best")
-        axes[0, 0].legend(loc="lower left")
         if "low" in expected:
-            axes[1, 0].legend(loc="upper left")
+            axes[0, 0].fill_between([], [], color="#c03020", alpha=0.4, label="DLF 10-90 % (below)")
+        axes[0, 0].legend(loc="lower left")
     return fig
 
 def _room(counts):
     some = counts[counts > 0]
     return (some.min() / 2, some.max() * 2) if some.size else (0.5, 2)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #0c198a69
+# %% ../../nbs/deadlayer/17_infer.ipynb #6ce960d0
 def attention_of_decision_figure(inference: Inference) -> Figure:
     "The measured spectrum, coloured by the attention of the decisions near the best FCCD."
     m = inference.measured
@@ -289,9 +298,11 @@ def result_rows(inference: Inference) -> list[list[str]]:
     scan, q = inference.scan, inference.dlf_quantiles
     rows = [["FCCD", f"{scan.best:.4f} mm"]]
     rows += [[f"FCCD, {k} % interval", f"{a:.4f} to {b:.4f} mm"] for k, (a, b) in scan.intervals.items()]
-    return rows + ([["DLF, median", f"{q['50']:.3f}"], ["DLF, 80 % band", f"{q['10']:.3f} to {q['90']:.3f}"]] if q else [])
+    if q:
+        rows += [["DLF, median", f"{q['50']:.3f}"], ["DLF, 80 % band", f"{q['10']:.3f} to {q['90']:.3f}"]]
+    return rows
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #538b46d7
+# %% ../../nbs/deadlayer/17_infer.ipynb #6f09618b
 def write_inference(
     inference: Inference,
     folder: str | os.PathLike,  # where result.json, report.html and figures/ go

@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['ELECTRON_MASS_KEV', 'ELECTRON_MASS_EV', 'InputError', 'DataError', 'ConfigError', 'RunError', 'NotFittedError',
-           'derive_seed', 'numpy_rng', 'torch_rng', 'seed_everything', 'default_device', 'atomic_path', 'to_plain',
-           'write_json', 'read_json', 'FittedStep', 'checksum', 'environment', 'progress']
+           'derive_seed', 'numpy_rng', 'torch_rng', 'seed_everything', 'default_device', 'atomic_path', 'atomic_folder',
+           'to_plain', 'write_json', 'read_json', 'FittedStep', 'checksum', 'environment', 'progress']
 
-# %% ../nbs/00_core.ipynb #9a135cd7
+# %% ../nbs/00_core.ipynb #8ecfa058
 import contextlib
 import dataclasses
 import hashlib
@@ -29,7 +29,7 @@ import torch
 from torch import nn
 from tqdm import tqdm
 
-# %% ../nbs/00_core.ipynb #cd5bd103
+# %% ../nbs/00_core.ipynb #7ebaaa97
 class InputError(Exception):
     """Something the user gave cannot be used; `str()` of it is one line that says how to mend it."""
 
@@ -50,7 +50,7 @@ class InputError(Exception):
         text = f"{where}expected {self.expected}, found {self.found}"
         return text + (f"; {self.remedy}" if self.remedy else "")
 
-# %% ../nbs/00_core.ipynb #211c7f3f
+# %% ../nbs/00_core.ipynb #af06d144
 class DataError(InputError):
     """A data file or array is missing, damaged or physically impossible."""
 
@@ -63,7 +63,7 @@ class RunError(InputError):
 class NotFittedError(RuntimeError):
     """A step with fitted statistics was used before `fit` or before its weights were loaded."""
 
-# %% ../nbs/00_core.ipynb #a5ce2ab6
+# %% ../nbs/00_core.ipynb #e7a8fe94
 def derive_seed(
     seed: int,  # the user's seed
     *names: int | str,  # what the stream is for
@@ -72,7 +72,7 @@ def derive_seed(
     text = json.dumps([int(seed), *names]).encode()
     return int.from_bytes(hashlib.sha256(text).digest()[:8], "little") >> 1
 
-# %% ../nbs/00_core.ipynb #feb05635
+# %% ../nbs/00_core.ipynb #0cb5ff73
 def numpy_rng(seed: int, *names: int | str) -> np.random.Generator:
     "A NumPy generator for the stream called `names` under `seed`."
     return np.random.default_rng(derive_seed(seed, *names))
@@ -81,7 +81,7 @@ def torch_rng(seed: int, *names: int | str, device: str | torch.device = "cpu") 
     "A torch generator on `device` for the stream called `names` under `seed`."
     return torch.Generator(device=device).manual_seed(derive_seed(seed, *names))
 
-# %% ../nbs/00_core.ipynb #dbcea821
+# %% ../nbs/00_core.ipynb #56be3d47
 def seed_everything(seed: int, *names: int | str) -> None:
     "Seed Python, NumPy and torch (all devices) from `seed` and `names`."
     value = derive_seed(seed, *names)
@@ -89,7 +89,7 @@ def seed_everything(seed: int, *names: int | str) -> None:
     np.random.seed(value % 2**32)
     torch.manual_seed(value)
 
-# %% ../nbs/00_core.ipynb #d6f12bec
+# %% ../nbs/00_core.ipynb #d9cbc46e
 def default_device() -> torch.device:
     "The device to compute on: `$DEADLAYER_CRES_DEVICE` if set, else CUDA if present, else the CPU."
     name = os.environ.get("DEADLAYER_CRES_DEVICE") or ("cuda" if torch.cuda.is_available() else "cpu")
@@ -101,7 +101,7 @@ def default_device() -> torch.device:
                           remedy="set it to cpu or cuda, or unset it") from e
     return device
 
-# %% ../nbs/00_core.ipynb #caffcfa3
+# %% ../nbs/00_core.ipynb #7baf4dac
 @contextlib.contextmanager
 def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     "Yield a temporary path that becomes `path` when the block succeeds and vanishes when it fails."
@@ -121,7 +121,27 @@ def atomic_path(path: str | os.PathLike) -> Iterator[Path]:
     finally:
         part.unlink(missing_ok=True)
 
-# %% ../nbs/00_core.ipynb #3cd598b1
+# %% ../nbs/00_core.ipynb #ca261793
+@contextlib.contextmanager
+def atomic_folder(
+    path: str | os.PathLike,
+    mark: str,  # name of the file by which an older folder of the same kind is known
+) -> Iterator[Path]:
+    "Yield a temporary folder that becomes `path` when the block succeeds and vanishes when it fails."
+    path = Path(path)
+    if path.exists() and not (path.is_dir() and ((path / mark).exists() or not any(path.iterdir()))):
+        raise DataError(f"a new folder, or one with an older {mark}", "something else", path,
+                        remedy="choose another name")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=path.parent, prefix=f".{path.name}.", ignore_cleanup_errors=True) as parent:
+        new = Path(parent) / "new"
+        new.mkdir()
+        yield new
+        if path.exists():
+            os.replace(path, Path(parent) / "old")
+        os.replace(new, path)
+
+# %% ../nbs/00_core.ipynb #ded829d8
 def to_plain(obj):
     "Turn dataclasses, arrays, paths and non-finite floats into what JSON and YAML can hold."
     if dataclasses.is_dataclass(obj) and not isinstance(obj, type):
@@ -136,7 +156,7 @@ def to_plain(obj):
         return None
     return os.fspath(obj) if isinstance(obj, os.PathLike) else obj
 
-# %% ../nbs/00_core.ipynb #aecdd416
+# %% ../nbs/00_core.ipynb #3500a0ea
 def write_json(path: str | os.PathLike, obj) -> None:
     "Write `obj` to `path` as indented JSON, whole or not at all."
     with atomic_path(path) as part:
@@ -149,7 +169,7 @@ def read_json(path: str | os.PathLike):
     except (OSError, ValueError) as e:
         raise DataError("a readable JSON file", f"{type(e).__name__}: {e}", path) from e
 
-# %% ../nbs/00_core.ipynb #2d53cd5f
+# %% ../nbs/00_core.ipynb #f159a740
 def _mark_fitted(step: "FittedStep", _) -> None:
     "After loading: whether the saved step had been fitted, read once and not from the GPU at every batch."
     step._ready = bool(step.fitted)
@@ -189,7 +209,7 @@ class FittedStep(nn.Module):
             raise NotFittedError(f"{type(self).__name__} has no statistics yet: call fit, or load trained weights")
         return super().__call__(*args, **kwargs)
 
-# %% ../nbs/00_core.ipynb #e77a8903
+# %% ../nbs/00_core.ipynb #e8a0fb54
 def checksum(*arrays: np.ndarray) -> str:  # 64 hexadecimal digits
     "SHA-256 of the dtype, shape and content of `arrays`, in order."
     h = hashlib.sha256()
@@ -198,7 +218,7 @@ def checksum(*arrays: np.ndarray) -> str:  # 64 hexadecimal digits
         h.update(a.view(np.uint8).data if a.size else b"")
     return h.hexdigest()
 
-# %% ../nbs/00_core.ipynb #ea45e558
+# %% ../nbs/00_core.ipynb #5e82bb89
 def environment() -> dict:
     "Versions, device and git commit of the running program."
     def installed(name):
@@ -219,13 +239,13 @@ def environment() -> dict:
         "argv": [Path(sys.argv[0]).name, *sys.argv[1:]] if sys.argv else [],
     }
 
-# %% ../nbs/00_core.ipynb #1cac3ccd
+# %% ../nbs/00_core.ipynb #15b67ab1
 def progress(items: Iterable, desc: str = "", total: int | None = None, unit: str = "it", **kwargs) -> tqdm:
     "Iterate over `items` with a progress bar."
     return tqdm(items, desc=desc, total=total, unit=unit, mininterval=0.3, dynamic_ncols=True, file=sys.stderr,
                 **kwargs)
 
-# %% ../nbs/00_core.ipynb #81b2ef5b
+# %% ../nbs/00_core.ipynb #da93cc53
 ELECTRON_MASS_KEV = 510.99895069
 "Rest energy of the electron in keV (CODATA 2022)."
 ELECTRON_MASS_EV = 1e3 * ELECTRON_MASS_KEV

@@ -7,7 +7,7 @@ __all__ = ['FORMAT_VERSION', 'prepare', 'Pipeline', 'BatchSteps', 'Batches', 'as
            'lr_factor', 'SeedEpoch', 'Accumulate', 'Schedule', 'Tracker', 'EpochLoss', 'ResetLoss', 'AutocastBF16',
            'ShowProgress', 'History', 'build_learner', 'predict', 'Run', 'Checkpoint', 'Replay', 'fit']
 
-# %% ../nbs/01_train.ipynb #63e7e9ee
+# %% ../nbs/01_train.ipynb #2d099357
 import contextlib
 import csv
 import io
@@ -52,7 +52,7 @@ from deadlayer_cres.core import (
 )
 from .core import environment as describe_environment
 
-# %% ../nbs/01_train.ipynb #2fe69ac1
+# %% ../nbs/01_train.ipynb #aa545100
 def prepare(
     prep: nn.Module | None,  # the batch steps; None passes the inputs on
     xs: Sequence[torch.Tensor],  # the inputs of one batch
@@ -68,7 +68,7 @@ def prepare(
         raise RuntimeError(f"{type(prep).__name__} changed its input in place; batch steps must return new tensors")
     return tuple(out) if isinstance(out, tuple | list) else (out,)
 
-# %% ../nbs/01_train.ipynb #5ce38f97
+# %% ../nbs/01_train.ipynb #49d972d5
 class Pipeline(nn.Module):
     "Batch steps and network as one module: `pipeline(*x)` is `net(prep(*x))`."
 
@@ -83,7 +83,7 @@ class Pipeline(nn.Module):
     def forward(self, *x: torch.Tensor):
         return self.net(*prepare(self.prep, x))
 
-# %% ../nbs/01_train.ipynb #e07f8f2a
+# %% ../nbs/01_train.ipynb #2fe49bf5
 class BatchSteps(Callback):
     "Apply `prep` to the inputs of every batch, on the device, in training and validation alike."
 
@@ -107,7 +107,7 @@ class BatchSteps(Callback):
     def before_batch(self):
         self.learn.xb = prepare(self.steps, self.learn.xb)
 
-# %% ../nbs/01_train.ipynb #f388098a
+# %% ../nbs/01_train.ipynb #d0c444c4
 def _flat(batch) -> tuple:
     "`((x1, x2), y)` and `(x1, x2, y)` both become `(x1, x2, y)`."
     return tuple(t for part in batch for t in (part if isinstance(part, tuple | list) else (part,)))
@@ -138,7 +138,7 @@ class Batches:
         if hasattr(self.items, "set_epoch"):
             self.items.set_epoch(epoch)
 
-# %% ../nbs/01_train.ipynb #2584cb5f
+# %% ../nbs/01_train.ipynb #52ae9ad6
 def as_dataloaders(
     train: Iterable,  # batches to train on
     valid: Iterable,  # batches to validate on, the same every epoch
@@ -149,7 +149,7 @@ def as_dataloaders(
     device = torch.device(device or default_device())
     return DataLoaders(Batches(train, n_inp, device), Batches(valid, n_inp, device), device=device)
 
-# %% ../nbs/01_train.ipynb #e6d2f206
+# %% ../nbs/01_train.ipynb #fec1d7f5
 @dataclass
 class TrainConfig:
     "How a network is trained."
@@ -184,7 +184,7 @@ class TrainConfig:
             if not ok:
                 raise ConfigError(expected, repr(value), row=name)
 
-# %% ../nbs/01_train.ipynb #8cf07538
+# %% ../nbs/01_train.ipynb #3d4b093c
 def _one_of(*names):
     return " or ".join(names), lambda v: v in names
 
@@ -217,7 +217,7 @@ _CONFIG_CHECKS = {
     "progress": ("true or false", lambda v: isinstance(v, bool)),
 }
 
-# %% ../nbs/01_train.ipynb #e8fa42e9
+# %% ../nbs/01_train.ipynb #585c9ec8
 _DECAYING = (nn.Linear, nn.Bilinear, nn.RNNBase, nn.RNNCellBase, nn.MultiheadAttention,
              nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose1d, nn.ConvTranspose2d, nn.ConvTranspose3d)
 
@@ -241,13 +241,13 @@ def param_groups(
         raise ConfigError("a network with parameters to train", type(net).__name__)
     return [{"params": ps, "lr": lr, "initial_lr": lr, "weight_decay": wd} for (lr, wd), ps in groups.items()]
 
-# %% ../nbs/01_train.ipynb #ae776dec
+# %% ../nbs/01_train.ipynb #237ee254
 def _adamw(params, lr: float, net: nn.Module, config: TrainConfig) -> OptimWrapper:
     "AdamW over `param_groups(net, config)`; `params` and `lr`, which the learner hands in, are already in the groups."
     betas = (config.beta1, config.beta2)
     return OptimWrapper(opt=torch.optim.AdamW(param_groups(net, config), lr=config.lr, betas=betas, eps=config.eps))
 
-# %% ../nbs/01_train.ipynb #49e9a866
+# %% ../nbs/01_train.ipynb #780492b7
 def _half_cosine(start: float, end: float, x: float) -> float:
     return start + (end - start) * (1 - math.cos(math.pi * x)) / 2
 
@@ -269,7 +269,7 @@ def lr_factor(
         return min(n**-0.5, n * config.warmup_steps**-1.5)
     return config.plateau_factor**reductions if config.schedule == "plateau" else 1.0
 
-# %% ../nbs/01_train.ipynb #6013f6fb
+# %% ../nbs/01_train.ipynb #9bc4e38a
 class SeedEpoch(Callback):
     "Seed everything from (seed, epoch) before each epoch, and tell the batches which epoch it is."
 
@@ -290,7 +290,7 @@ class SeedEpoch(Callback):
         if hasattr(batches, "set_epoch"):
             batches.set_epoch(epoch)
 
-# %% ../nbs/01_train.ipynb #524ea4b3
+# %% ../nbs/01_train.ipynb #d64b82fd
 class Accumulate(Callback):
     "Average the gradients of `n` batches into one step."
 
@@ -307,7 +307,7 @@ class Accumulate(Callback):
         if (self.learn.iter + 1) % self.n and self.learn.iter + 1 < self.learn.n_iter:
             raise CancelBatchException
 
-# %% ../nbs/01_train.ipynb #e08a6b8a
+# %% ../nbs/01_train.ipynb #dc3b47c4
 class Schedule(Callback):
     "Set every group's learning rate before each batch."
 
@@ -323,7 +323,7 @@ class Schedule(Callback):
         self.factor = lr_factor(self.config, step, learn.n_epoch * steps, learn.tracker.reductions)
         learn.opt.set_hypers(lr=[self.factor * g["initial_lr"] for g in learn.opt.param_groups])
 
-# %% ../nbs/01_train.ipynb #b958187f
+# %% ../nbs/01_train.ipynb #edff63a0
 class Tracker(Callback):
     "Find the best epoch, lower the rate on a plateau, and stop early."
 
@@ -366,7 +366,7 @@ class Tracker(Callback):
         if self.wait >= self.config.plateau_patience:
             self.reductions, self.wait = self.reductions + 1, 0
 
-# %% ../nbs/01_train.ipynb #7bcaf5b3
+# %% ../nbs/01_train.ipynb #4f01eadc
 class EpochLoss(Metric):
     "The mean loss over the items of an epoch, summed on the device."
 
@@ -385,14 +385,14 @@ class EpochLoss(Metric):
     def name(self):
         return "loss"
 
-# %% ../nbs/01_train.ipynb #27c029dd
+# %% ../nbs/01_train.ipynb #e5a8d57a
 class ResetLoss(Callback):
     "Start the training loss of the `Recorder` anew in each epoch."
 
     def before_train(self):
         self.learn.recorder.smooth_loss.reset()
 
-# %% ../nbs/01_train.ipynb #668cd43c
+# %% ../nbs/01_train.ipynb #ca19d3f5
 class AutocastBF16(Callback):
     "Run the network, and only the network, in bfloat16."
 
@@ -412,7 +412,7 @@ class AutocastBF16(Callback):
     def close(self):
         self.stack.close()
 
-# %% ../nbs/01_train.ipynb #fe8ccad5
+# %% ../nbs/01_train.ipynb #d1dd064b
 class ShowProgress(Callback):
     "A progress bar over all epochs, or a line per epoch where standard error is a file."
 
@@ -446,7 +446,7 @@ class ShowProgress(Callback):
             self.bar.close()
             self.bar = None
 
-# %% ../nbs/01_train.ipynb #35e02aeb
+# %% ../nbs/01_train.ipynb #48578025
 class History(Callback):
     "Keep one row per epoch: epoch, losses, metrics, learning rate, seconds."
 
@@ -477,7 +477,7 @@ class History(Callback):
         if hasattr(learn, "show_progress"):
             learn.show_progress.note(row)
 
-# %% ../nbs/01_train.ipynb #c164a350
+# %% ../nbs/01_train.ipynb #36a55546
 def build_learner(
     pipeline: Pipeline,  # what to train
     dls: DataLoaders,  # from `as_dataloaders`
@@ -489,6 +489,9 @@ def build_learner(
     "A fastai `Learner` for `pipeline.net`, with the batch steps as a callback; `learn.pipeline` is `pipeline`."
     if config.precision == "fp16" and dls.device.type != "cuda":
         raise ConfigError("a CUDA device for fp16", str(dls.device), row="precision", remedy="use bf16 or fp32")
+    columns = ["train_loss", "valid_loss", *(getattr(m, "__name__", None) or m.name for m in metrics)]
+    if config.monitor not in columns:
+        raise ConfigError(f"one of {', '.join(columns)}", repr(config.monitor), row="monitor")
     pipeline.to(dls.device)
     ours = [BatchSteps(pipeline.prep), SeedEpoch(config.seed), Schedule(config), Tracker(config), ResetLoss()]
     ours += [History()]
@@ -505,7 +508,7 @@ def build_learner(
     learn.pipeline, learn.train_config = pipeline, config
     return learn
 
-# %% ../nbs/01_train.ipynb #b9c05803
+# %% ../nbs/01_train.ipynb #f1ed9377
 def predict(
     pipeline: nn.Module,  # usually a `Pipeline`
     batches: Iterable,  # of tensors, or of tuples of tensors
@@ -532,7 +535,7 @@ def predict(
     joined = tuple(torch.cat(parts) for parts in zip(*out, strict=True))
     return joined if isinstance(pred, tuple | list) else joined[0]
 
-# %% ../nbs/01_train.ipynb #537940b9
+# %% ../nbs/01_train.ipynb #8023602e
 FORMAT_VERSION = 1
 "Version of the layout of a run folder."
 
@@ -579,7 +582,7 @@ class Run:
             raise RunError("a finished training", found, path, remedy="resume the training")
         return run
 
-# %% ../nbs/01_train.ipynb #cf261cfe
+# %% ../nbs/01_train.ipynb #bf08a368
 def _make_folder(path: Path, config: str, about: dict, overwrite: bool) -> None:
     if path.exists() and (not path.is_dir() or any(path.iterdir())):
         is_run = (path / "environment.json").exists() and (path / "config.yaml").exists()
@@ -596,7 +599,7 @@ def _make_folder(path: Path, config: str, about: dict, overwrite: bool) -> None:
             os.replace(path, Path(d) / "old")
         os.replace(new, path)
 
-# %% ../nbs/01_train.ipynb #6f8cac4f
+# %% ../nbs/01_train.ipynb #d6388cee
 def _check_folder(path: Path) -> None:
     if not path.is_dir():
         raise RunError("a run folder", "nothing", path, remedy="check the path, or train first")
@@ -612,7 +615,7 @@ def _check_folder(path: Path) -> None:
         raise RunError(f"a run of format version {FORMAT_VERSION}", f"version {found}", path,
                        remedy="open it with the release that wrote it, or train again")
 
-# %% ../nbs/01_train.ipynb #889c11d0
+# %% ../nbs/01_train.ipynb #2c34a156
 @patch(as_prop=True)
 def config(self: Run) -> dict:
     "The resolved config."
@@ -639,13 +642,19 @@ def history(self: Run) -> list[dict]:
     if not path.exists():
         return []
     with open(path, newline="") as f:
-        return [{k: int(v) if k == "epoch" else float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+        try:
+            return [{k: int(v) if k == "epoch" else float(v) for k, v in row.items()} for row in csv.DictReader(f)]
+        except (TypeError, ValueError) as e:
+            raise RunError("a table of numbers", str(e), path, remedy="delete it; it is written again") from e
 
-# %% ../nbs/01_train.ipynb #7788eb39
+# %% ../nbs/01_train.ipynb #1adc5d65
 def _write_tensors(path: Path, tensors: dict[str, torch.Tensor], state: dict) -> None:
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()}
     with atomic_path(path) as part:
-        save_file(plain, part, metadata={"state": json.dumps(to_plain(state))})
+        try:
+            save_file(plain, part, metadata={"state": json.dumps(to_plain(state))})
+        except SafetensorError as e:
+            raise OSError(f"{path}: {e}") from e
 
 def _read_state(path: Path) -> dict:
     try:
@@ -660,7 +669,7 @@ def _read_tensors(path: Path, prefix: str = "") -> dict[str, torch.Tensor]:
     except (OSError, ValueError, SafetensorError) as e:
         raise RunError("a readable safetensors file", f"{type(e).__name__}: {e}", path) from e
 
-# %% ../nbs/01_train.ipynb #40d4d984
+# %% ../nbs/01_train.ipynb #320854cf
 def _load_weights(module: nn.Module, tensors: dict, path: Path) -> None:
     try:
         module.load_state_dict(tensors)
@@ -686,7 +695,7 @@ def load_weights(
     _load_weights(pipeline, _read_tensors(path, "model." if which == "last" else ""), path)
     return pipeline
 
-# %% ../nbs/01_train.ipynb #541bc015
+# %% ../nbs/01_train.ipynb #425ff55f
 @patch
 def checkpoint_state(self: Run) -> dict | None:
     "Epoch, history and config of the checkpoint; None if there is none."
@@ -717,7 +726,7 @@ def settle(self: Run, state: dict | None) -> None:
         with atomic_path(path) as part:
             part.write_text(text.getvalue())
 
-# %% ../nbs/01_train.ipynb #b4421c45
+# %% ../nbs/01_train.ipynb #f0208851
 @patch
 def write_metrics(self: Run, metrics: dict) -> None:
     "Write metrics.json."
@@ -741,7 +750,7 @@ def write_report(self: Run, html: str) -> Path:
         part.write_text(html, encoding="utf-8")
     return path
 
-# %% ../nbs/01_train.ipynb #7c2300e7
+# %% ../nbs/01_train.ipynb #fd26cd5d
 def _same(path: Path, old, new, at: str = "") -> None:
     "Raise `RunError` at the first place where two nested settings differ, `progress` apart."
     if isinstance(old, dict) and isinstance(new, dict):
@@ -762,7 +771,7 @@ def check_same(
     if data_checksum is not None:
         _same(self.path, self.environment.get("data_checksum"), to_plain(data_checksum), "data_checksum")
 
-# %% ../nbs/01_train.ipynb #e77c2fd4
+# %% ../nbs/01_train.ipynb #ef050306
 class Checkpoint(Callback):
     "Commit a checkpoint to `run` after every epoch; start from `state`, the one to resume from."
 
@@ -815,7 +824,7 @@ class Checkpoint(Callback):
     def _done(self) -> int:
         return len(self.resumed["history"]) if self.resumed else 0
 
-# %% ../nbs/01_train.ipynb #bfae8913
+# %% ../nbs/01_train.ipynb #008ea24c
 class Replay(Callback):
     "Lay the rows of the checkpoint before the callbacks that follow, in place of the epochs that are skipped."
 
@@ -839,7 +848,7 @@ class Replay(Callback):
             if getattr(self.learn, "show_progress", None) and self.learn.show_progress.bar is not None:
                 self.learn.show_progress.bar.update(len(self.learn.dls.train))
 
-# %% ../nbs/01_train.ipynb #ab36061f
+# %% ../nbs/01_train.ipynb #ff62ca1d
 def fit(
     learn: Learner,  # from `build_learner`
     run: Run,  # where to keep the result

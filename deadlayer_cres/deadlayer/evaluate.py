@@ -10,9 +10,10 @@ __all__ = ['WINDOWS', 'BA133_MARKS', 'PUBLISHED', 'window_name', 'ScoredPairs', 
            'average_attention', 'attention_figure', 'attention_pairs_figure', 'evaluation_figures', 'report_sections',
            'evaluate', 'read_evaluation', 'comparison_table', 'attention_stack_figure']
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #92de48c8
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #e9f38746
 import math
 import os
+import sys
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -33,7 +34,7 @@ from .fit import FisherLimit, PCARegression, limit_accuracy
 from .model import QUANTILES
 from .prep import Pairs, PairSource
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #c1ef1c71
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #33e6bdac
 WINDOWS = (None, 0.5, 0.25, 0.1, 0.05, 0.01)  # largest |FCCD1 - FCCD2| in mm; None is no limit
 BA133_MARKS = {53.2: "53", 81.0: "81", 160.6: "161", 223.2: "223", 276.4: "276", 302.9: "303", 356.0: "356",
                383.8: "384"}  # keV -> label, lines of Ba-133 (xraylib); 79.6 and 81.0 keV share a label
@@ -44,7 +45,7 @@ def window_name(
     "Name of a window on |FCCD1 - FCCD2|."
     return "none" if window is None else f"{window:g}"
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #6de40b9c
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #747a8636
 # A. Alexander, RNN_DeadLayerFit (github.com/abialexander/RNN_DeadLayerFit), saved_models/*/test_accuracies*.json:
 # quantile mode, second spectrum with DLF = 1, one scaler, 20 epochs; 3000 pairs, shared protocol.
 _RESTRICTED = {
@@ -60,7 +61,7 @@ PUBLISHED = {kind: {window: dict(zip(_COLUMNS, row, strict=False))
                     for window, row in rows.items()}
              for kind, rows in (("restricted", _RESTRICTED), ("full", _FULL))}
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #6ebb9bcc
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #bf6e2caa
 @dataclass
 class ScoredPairs:
     """Pairs with the outputs of one or several predictors."""
@@ -81,7 +82,7 @@ class ScoredPairs:
         "Mask (n,) of the pairs that predictor `name` got wrong."
         return (self.raw[name][:, 0] > 0) != (self.dfccd_in_mm > 0)
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #79238fef
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #20fb11d5
 def _outputs(predict: Callable, pairs: Pairs) -> np.ndarray:
     "Raw outputs of one predictor as a checked (n, outputs) array."
     raw = predict(pairs.counts1, pairs.counts2)
@@ -92,7 +93,7 @@ def _outputs(predict: Callable, pairs: Pairs) -> np.ndarray:
                         f"{int((~np.isfinite(raw)).sum())} not finite", remedy="the training may have diverged")
     return raw
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #0f9eec74
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #ae8f878e
 @torch.no_grad()
 def score_pairs(
     predictors: Mapping[str, Callable],  # name -> function of two (n, bins) tensors of counts
@@ -117,7 +118,7 @@ def score_pairs(
         keep = np.sort(np.unique(index, axis=0, return_index=True)[1])
     return ScoredPairs({k: np.concatenate(v)[keep] for k, v in raw.items()}, np.concatenate(labels)[keep], index[keep])
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #ab1b34c3
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #e867069a
 def pair_metrics(
     scored: ScoredPairs,
     name: str = "network",  # which predictor
@@ -129,7 +130,7 @@ def pair_metrics(
     return {"accuracy": right.value, "error": right.error, "auc": curve.auc, "auc_error": curve.error, "n": right.n,
             "precision": counts.precision, "recall": counts.recall, "rmse_misclassified_in_mm": rmse}
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #81916eb9
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #621eb1c6
 def evaluate_pairs(
     predictors: Mapping[str, Callable] | Callable,  # name -> predictor, or the one called `network`
     source: PairSource,
@@ -155,7 +156,7 @@ def evaluate_pairs(
             tables["limit"][key] = {"accuracy": best.value, "error": best.error, "n": best.n}
     return tables, kept
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #46e2ae8f
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #1e3df81e
 def dlf_metrics(
     scored: ScoredPairs,
     name: str = "network",
@@ -173,7 +174,7 @@ def dlf_metrics(
         return {"accuracy": right.value, "error": right.error, "auc": curve.auc, "n": right.n}
     return {}
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #a9180169
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #7ac56ce1
 def pair_sources(
     test: Spectra,  # spectra with random DLF that the network has not seen
     test_dlf1: Spectra | None = None,  # the same with DLF = 1
@@ -189,12 +190,17 @@ def pair_sources(
 def yardsticks(
     train: Spectra,  # labelled training spectra, all DLF; add those with DLF = 1 to score both populations
     seed: int = 0,
-) -> tuple[dict[str, PCARegression], FisherLimit]:  # protocol -> fitted regression; the limit
-    "Fit the baselines and the limit to training spectra."
+) -> tuple[dict[str, PCARegression], FisherLimit | None]:  # protocol -> fitted regression; the limit
+    "Fit the baselines and the limit to training spectra; too few spectra give no limit."
     copies = {"poisson": 16, "shared": 0}
-    return {k: PCARegression(copies=c, seed=seed).fit(train) for k, c in copies.items()}, FisherLimit(train)
+    try:
+        limit = FisherLimit(train)
+        limit.sigma(train.fccd_in_mm[:1], train.dlf[:1])
+    except DataError:
+        limit = None
+    return {k: PCARegression(copies=c, seed=seed).fit(train) for k, c in copies.items()}, limit
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #8f4bff8d
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #ee72bbfc
 def collect_metrics(
     predict: Callable,  # the network
     sources: Mapping[str, Mapping[str, PairSource]],  # from `pair_sources`
@@ -223,7 +229,7 @@ def collect_metrics(
     metrics["published"] = PUBLISHED
     return metrics, headline
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #99659100
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #59682135
 def regression_errors(
     model: PCARegression,
     source: PairSource,  # its first set is used, with its noise
@@ -236,7 +242,7 @@ def regression_errors(
     rmse = np.sqrt((error**2).mean(0))
     return {"rmse_fccd_in_mm": float(rmse[0]), "rmse_dlf": float(rmse[1]), "n": n}
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #491f5696
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #4215d78b
 def _cell(row: Mapping | None) -> str:
     "Accuracy and error of a window as text."
     return f"{row['accuracy']:.4f} ± {row['error']:.4f}" if row else "-"
@@ -246,7 +252,7 @@ def _parts(metrics: Mapping, population: str) -> dict[str, dict]:
     parts = {"network": metrics, "baseline": metrics["baseline"], "limit": metrics["limit"]}
     return parts if population == "same" else {name: part.get(population, {}) for name, part in parts.items()}
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #1c4758d7
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #61bd1a27
 def accuracy_rows(
     metrics: Mapping,  # content of metrics.json
     population: str = "same",  # or "dlf1"
@@ -259,7 +265,7 @@ def accuracy_rows(
     windows = list(parts["network"]["poisson"])
     return ["max |dFCCD| [mm]", *columns], [[w, *(_cell(c.get(w)) for c in columns.values())] for w in windows]
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #b2a50859
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #5906bfef
 def _rich_table(title: str, header: Sequence[str], rows: Sequence[Sequence[str]]) -> RichTable:
     "A table for the terminal; square brackets are text, not markup."
     table = RichTable(title=escape(title))
@@ -274,7 +280,7 @@ def print_table(
     console: Console | None = None,
 ) -> None:
     "Print the accuracies, and what is known of the DLF, to the terminal."
-    console = console or Console()
+    console = console or Console(width=None if sys.stdout.isatty() else 120)
     for population in ("same", "dlf1"):
         if population == "same" or population in metrics:
             header, rows = accuracy_rows(metrics, population)
@@ -291,7 +297,7 @@ def dlf_text(metrics: Mapping) -> list[str]:
                 f"{d['nominal']:g}), pinball loss {d['pinball']:.4f}, {d['crossings']} crossings in {d['n']}."]
     return [f"DLF: the sign of DLF1 - DLF2 is right for {_cell(d)} of {d['n']} pairs."] if d else []
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #217133c6
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #c1d5d74e
 def doubts(
     metrics: Mapping,  # content of metrics.json
 ) -> list[str]:  # warnings; empty if all is as it should be
@@ -314,7 +320,7 @@ def doubts(
         said.append(f"DLF quantiles cross in {d['crossings']} of {d['n']} pairs.")
     return said
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #f4db96f0
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #e81c1ef1
 def accuracy_figure(metrics: Mapping, population: str = "same") -> Figure:
     "Error rate (1 - accuracy) against window: network, baseline, limit and published, in both protocols."
     parts = _parts(metrics, population)
@@ -338,7 +344,7 @@ def accuracy_figure(metrics: Mapping, population: str = "same") -> Figure:
         axes[0].set_ylabel("fraction of wrong pairs")
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #8b10b9af
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #bfddf7cd
 def roc_figure(
     scored: Mapping[str, ScoredPairs],  # window -> pairs
     name: str = "network",
@@ -353,7 +359,7 @@ def roc_figure(
         axes[1].get_legend().remove()
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #0ca77fe2
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #1ccccf26
 def output_figure(
     scored: Mapping[str, ScoredPairs],  # window -> pairs
     name: str = "network",
@@ -377,7 +383,7 @@ def _probability(logit: np.ndarray) -> np.ndarray:
     "Logistic function, without overflow."
     return 0.5 * (1 + np.tanh(logit / 2))
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #be65874d
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #dd510a44
 def misclassified_figure(
     scored: ScoredPairs,
     name: str = "network",
@@ -403,7 +409,7 @@ def misclassified_figure(
         ax[5].set(xlabel="DLF1 - DLF2", ylabel="FCCD1 - FCCD2 [mm]")
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #b34fca2a
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #fa0a2508
 def dlf_figure(
     scored: ScoredPairs,
     name: str = "network",
@@ -438,7 +444,7 @@ def labels_figure(spectra: Spectra) -> Figure:
         axes[2].set(xlabel="FCCD [mm]", ylabel="DLF")
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #c3671f0e
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #5cf76dcb
 @torch.no_grad()
 def pair_attention(
     pipeline,  # with `prep` and a `net` that can return its attention
@@ -465,7 +471,7 @@ def attention_per_bin(
     member = np.arange(bins) // segment
     return attention[:, member] / np.bincount(member)[member]
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #6716ce63
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #f5fcf090
 def average_attention(
     weight: np.ndarray,  # (n, bins)
     edges_keV: np.ndarray,  # (bins + 1,)
@@ -495,7 +501,7 @@ def attention_figure(
         axes[-1, 0].set_xlabel("energy [keV]")
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #029c836f
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #2dad5ad6
 def attention_pairs_figure(
     pairs: Pairs, weight: np.ndarray, probability: np.ndarray,  # from `pair_attention`
     edges_keV: np.ndarray,  # (bins + 1,)
@@ -513,7 +519,7 @@ def attention_pairs_figure(
                 ax.set_xlabel("")
     return fig
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #f5077032
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #736c3172
 def evaluation_figures(
     metrics: Mapping, scored: Mapping[str, ScoredPairs],  # from `collect_metrics`
     test: Spectra,
@@ -538,7 +544,7 @@ def evaluation_figures(
         made["history"] = (plots.plot_history(history), "Loss and accuracy against epoch.")
     return made
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #c5d1b746
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #9eb13933
 def report_sections(metrics: Mapping, figures: Mapping[str, tuple[Figure, str]], facts: Mapping) -> list[Section]:
     "The sections of the report of an evaluation; `facts` is a table of names and values."
     def pick(*names):
@@ -562,7 +568,7 @@ def report_sections(metrics: Mapping, figures: Mapping[str, tuple[Figure, str]],
                 figures=pick("history", "labels")),
     ]
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #c0c4e14d
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #1ad1468c
 def evaluate(
     folder: str | os.PathLike,  # the run folder to write into
     pipeline,  # trained `Pipeline` of prep and network
@@ -600,7 +606,7 @@ def evaluate(
     write_json(folder / "metrics.json", metrics)
     return metrics
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #1c1c8eea
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #9b3de470
 def read_evaluation(
     folder: str | os.PathLike,  # a run folder
 ) -> tuple[dict, dict | None]:  # metrics, average attention if there is one
@@ -611,7 +617,7 @@ def read_evaluation(
     attention = folder / "attention.json"
     return read_json(folder / "metrics.json"), read_json(attention) if attention.exists() else None
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #39a8ee74
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #78af5208
 def _comparison_rows(runs: Mapping[str, Mapping], protocol: str) -> list[list[str]]:
     "Rows of (run, accuracies..., AUC, RMSE of wrong pairs in um, coverage); the published RNN comes last."
     windows = list(dict.fromkeys(w for m in runs.values() for w in m[protocol]))
@@ -647,7 +653,7 @@ def _latex(text: str) -> str:
              "~": r"\textasciitilde{}", "^": r"\textasciicircum{}"}
     return "".join(marks.get(c, "\\" + c if c in "&%$#_{}" else c) for c in text)
 
-# %% ../../nbs/deadlayer/15_evaluate.ipynb #d9ff4c1b
+# %% ../../nbs/deadlayer/15_evaluate.ipynb #f04a4abc
 def attention_stack_figure(
     attentions: Mapping[str, Mapping],  # run -> average attention
     half_width_keV: float = 5.0,  # of the bands around the lines

@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'WINDOWS_KEV', 'fit_temperature', 'Scan', 'summarise_scan',
            'interpolate_spectrum', 'agreement', 'Inference', 'doubts', 'infer', 'scan_figure', 'spectrum_figure',
            'attention_of_decision_figure', 'result_rows', 'write_inference']
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #5b3163b4
+# %% ../../nbs/deadlayer/17_infer.ipynb #8496b2e4
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -19,7 +19,7 @@ from matplotlib.figure import Figure
 from scipy.stats import chi2 as chi2_law
 from sklearn.isotonic import IsotonicRegression
 
-from ..core import DataError, torch_rng, write_json
+from ..core import DataError, atomic_folder, torch_rng, write_json
 from .data import Spectra
 from .evaluate import BA133_MARKS, attention_per_bin
 from .prep import PairSource
@@ -34,7 +34,7 @@ from deadlayer_cres.plots import (
     step_spectrum,
 )
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #04adbbe6
+# %% ../../nbs/deadlayer/17_infer.ipynb #924ec2a6
 def fit_temperature(
     logit: np.ndarray,  # (n,) of pairs drawn uniformly within a narrow window
     thicker: np.ndarray,  # (n,) whether FCCD1 > FCCD2
@@ -50,7 +50,7 @@ def fit_temperature(
             break
     return 1 / a
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #26ce37be
+# %% ../../nbs/deadlayer/17_infer.ipynb #15e79fbd
 LEVELS = {"68": (0.16, 0.84), "90": (0.05, 0.95)}
 
 @dataclass
@@ -80,7 +80,7 @@ def summarise_scan(
     intervals = {name: (cross(1 - low), cross(1 - high)) for name, (low, high) in LEVELS.items()}
     return Scan(x, p, falling, cross(0.5), intervals)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #f1b487b7
+# %% ../../nbs/deadlayer/17_infer.ipynb #5c82990a
 @torch.no_grad()
 def ask(
     pipeline: Callable,  # trained `Pipeline`
@@ -97,7 +97,7 @@ def ask(
         answers.append(pipeline(x.expand(len(y), -1), y).float().cpu().numpy())
     return np.concatenate(answers)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #d832a462
+# %% ../../nbs/deadlayer/17_infer.ipynb #38ac4cef
 @torch.no_grad()
 def validation_temperature(
     pipeline: Callable,
@@ -112,7 +112,7 @@ def validation_temperature(
         pairs.counts1.split(1024), pairs.counts2.split(1024), strict=True)])
     return fit_temperature(logit, (pairs.labels[:, 0] > pairs.labels[:, 1]).cpu().numpy())
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #7dfb8845
+# %% ../../nbs/deadlayer/17_infer.ipynb #ed70e48b
 def interpolate_spectrum(
     spectra: Spectra,  # simulated
     fccd_in_mm: float,
@@ -128,7 +128,7 @@ def interpolate_spectrum(
     root = np.sqrt(spectra.counts[near] / spectra.exposure)
     return np.linalg.lstsq(design * weight, root * weight, rcond=1e-6)[0][0] ** 2
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #91b6aae7
+# %% ../../nbs/deadlayer/17_infer.ipynb #bf01747a
 WINDOWS_KEV = (5, 25, 45, 70, 95, 150, 210, 290, 320, 370, 395, 450)
 
 def agreement(
@@ -153,7 +153,7 @@ def agreement(
                      "chi2": chi2, "bins": len(n), "p_value": float(chi2_law.sf(chi2, len(n)))})
     return rows
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #06b5edc5
+# %% ../../nbs/deadlayer/17_infer.ipynb #fcecc930
 @dataclass
 class Inference:
     "What was inferred of one measured spectrum."
@@ -173,7 +173,7 @@ class Inference:
                 "agreement": self.windows, "warnings": self.warnings,
                 "scan": {k: getattr(self.scan, k) for k in ("fccd_in_mm", "probability", "falling")}}
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #87e01e12
+# %% ../../nbs/deadlayer/17_infer.ipynb #1586501b
 def doubts(windows: list[dict], p_value: float = 1e-6) -> list[str]:
     "Warnings where Monte-Carlo and measurement disagree beyond statistics."
     bad = [w for w in windows if w["p_value"] < p_value]
@@ -185,7 +185,7 @@ def doubts(windows: list[dict], p_value: float = 1e-6) -> list[str]:
             f"({where} keV); worst {worst['low_keV']:g}-{worst['high_keV']:g} keV with chi2 per bin "
             f"{worst['chi2'] / worst['bins']:.1f}. The intervals are statistical only and do not cover this."]
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #7d9c966e
+# %% ../../nbs/deadlayer/17_infer.ipynb #b975e1b9
 def infer(
     pipeline: Callable,  # trained `Pipeline`, evaluation mode
     measured: Spectra,  # one spectrum
@@ -211,7 +211,7 @@ def infer(
     attention = _attention(pipeline, counts, reference[near])
     return Inference(scan, quantiles, temperature, windows, doubts(windows), measured, expected, attention)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #8ba33efc
+# %% ../../nbs/deadlayer/17_infer.ipynb #9273bd95
 def _check_measured(measured: Spectra, references: Spectra) -> None:
     if len(measured) != 1:
         raise DataError("one measured spectrum", str(len(measured)), remedy="choose one")
@@ -232,7 +232,7 @@ def _attention(pipeline, counts, reference):
     _, attention = pipeline.net(pipeline.prep(a.expand(len(b), -1), b), return_attention=True)
     return attention_per_bin(attention.cpu().numpy(), pipeline.net.config.segment, len(counts)).mean(0)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #d2e88336
+# %% ../../nbs/deadlayer/17_infer.ipynb #fd5457f8
 def scan_figure(scan: Scan) -> Figure:
     "The scan, whole and near the decision, with the best value and the agreement region."
     low, high = scan.intervals["90"]
@@ -250,7 +250,7 @@ def scan_figure(scan: Scan) -> Figure:
         axes[1].legend(loc="upper right")
     return fig
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #3bfb1a34
+# %% ../../nbs/deadlayer/17_infer.ipynb #d9e50549
 def spectrum_figure(inference: Inference) -> Figure:
     "The measured spectrum, the Monte-Carlo at the best values with the DLF band, and their ratio; three energy ranges."
     m, expected = inference.measured, inference.expected
@@ -283,7 +283,7 @@ def _room(counts):
     some = counts[counts > 0]
     return (some.min() / 2, some.max() * 2) if some.size else (0.5, 2)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #6ce960d0
+# %% ../../nbs/deadlayer/17_infer.ipynb #6f59ef80
 def attention_of_decision_figure(inference: Inference) -> Figure:
     "The measured spectrum, coloured by the attention of the decisions near the best FCCD."
     m = inference.measured
@@ -302,7 +302,7 @@ def result_rows(inference: Inference) -> list[list[str]]:
         rows += [["DLF, median", f"{q['50']:.3f}"], ["DLF, 80 % band", f"{q['10']:.3f} to {q['90']:.3f}"]]
     return rows
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #6f09618b
+# %% ../../nbs/deadlayer/17_infer.ipynb #01671d2e
 def write_inference(
     inference: Inference,
     folder: str | os.PathLike,  # where result.json, report.html and figures/ go
@@ -326,8 +326,9 @@ def write_inference(
         Section("What decided", figures=[figures["attention"]]),
         Section("Provenance", tables=[Table(["", "value"], [[k, v] for k, v in (facts or {}).items()])]),
     ]
-    for name, (fig, _) in figures.items():
-        save_png(folder / "figures" / f"{name}.png", fig)
-    html_report(folder / "report.html", title, sections)
-    write_json(folder / "result.json", inference.summary() | {"facts": facts or {}})
+    with atomic_folder(folder, "result.json") as new:
+        for name, (fig, _) in figures.items():
+            save_png(new / "figures" / f"{name}.png", fig)
+        html_report(new / "report.html", title, sections)
+        write_json(new / "result.json", inference.summary() | {"facts": facts or {}})
     return folder / "report.html"

@@ -6,7 +6,7 @@
 __all__ = ['QUANTILES', 'MODES', 'PairNetConfig', 'to_segments', 'SegmentEmbedding', 'Attention', 'ordered_quantiles', 'Product',
            'dense_head', 'PairNet', 'published_config', 'count_parameters', 'pinball', 'LossConfig', 'PairLoss']
 
-# %% ../../nbs/deadlayer/14_model.ipynb #ac2edacc
+# %% ../../nbs/deadlayer/14_model.ipynb #85c71434
 import math
 from dataclasses import dataclass, field
 from typing import Literal
@@ -17,7 +17,7 @@ from torch import nn
 
 from ..core import ConfigError
 
-# %% ../../nbs/deadlayer/14_model.ipynb #3eb131d0
+# %% ../../nbs/deadlayer/14_model.ipynb #fd1c51ae
 QUANTILES = (0.1, 0.5, 0.9)
 MODES = {"fccd": 1, "signs": 2, "quantiles": 1 + len(QUANTILES)}
 
@@ -40,10 +40,12 @@ class PairNetConfig:
         for name, least in {"segment": 1, "embedding": 0, "hidden": 1, "layers": 1}.items():
             if getattr(self, name) < least:
                 raise ConfigError(f"an integer of at least {least}", str(getattr(self, name)), row=name)
+        if not self.head or min(self.head) < 1:
+            raise ConfigError("one or more widths of at least 1", str(self.head), row="head")
         if not 0 <= self.dropout < 1:
             raise ConfigError("a number in [0, 1)", str(self.dropout), row="dropout")
 
-# %% ../../nbs/deadlayer/14_model.ipynb #5907aeaf
+# %% ../../nbs/deadlayer/14_model.ipynb #5e79c2e1
 def to_segments(
     x: torch.Tensor,  # (n, channels, bins)
     segment: int,  # bins per segment
@@ -54,7 +56,7 @@ def to_segments(
     x = F.pad(x, (0, steps * segment - bins)).reshape(n, channels, steps, segment)
     return x.transpose(1, 2).reshape(n, steps, channels * segment)
 
-# %% ../../nbs/deadlayer/14_model.ipynb #d19bd7c3
+# %% ../../nbs/deadlayer/14_model.ipynb #57b8277a
 class SegmentEmbedding(nn.Module):
     "A linear map of its own for every segment: (n, segments, width_in) to (n, segments, width_out)."
 
@@ -66,7 +68,7 @@ class SegmentEmbedding(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return torch.einsum("nti,tio->nto", x, self.weight) + self.bias
 
-# %% ../../nbs/deadlayer/14_model.ipynb #8c38eecd
+# %% ../../nbs/deadlayer/14_model.ipynb #aa0d4dbe
 class Attention(nn.Module):
     "Weighted sum of states (n, segments, width) by their match with a query (n, width)."
 
@@ -87,7 +89,7 @@ class Attention(nn.Module):
         context = torch.einsum("nt,ntw->nw", attention, states)
         return context * math.sqrt(states.shape[1]) if self.kind == "scaled" else context, attention
 
-# %% ../../nbs/deadlayer/14_model.ipynb #5a87c5a0
+# %% ../../nbs/deadlayer/14_model.ipynb #fcc4bef4
 def ordered_quantiles(
     raw: torch.Tensor,  # (n, 3): width below, median, width above, all unconstrained
     scale: torch.Tensor | float = 1.0,  # k, factor on both widths
@@ -97,7 +99,7 @@ def ordered_quantiles(
     logits = [median - scale * F.softplus(below), median, median + scale * F.softplus(above)]
     return torch.sigmoid(torch.stack(logits, 1))
 
-# %% ../../nbs/deadlayer/14_model.ipynb #1c0b9c27
+# %% ../../nbs/deadlayer/14_model.ipynb #51fda5a6
 class Product(nn.Module):
     "Elementwise product of two linear maps: (n, width_in) to (n, width_out)."
 
@@ -118,7 +120,7 @@ def dense_head(widths: list[int], product: bool, batch_norm: bool, dropout: floa
         layers += [nn.Dropout(dropout)]
     return nn.Sequential(*layers, nn.Linear(*widths[-2:]))
 
-# %% ../../nbs/deadlayer/14_model.ipynb #c5a29c5f
+# %% ../../nbs/deadlayer/14_model.ipynb #c603a401
 class PairNet(nn.Module):
     """Attention RNN over the channels of a pair: (n, channels, bins) to raw outputs (n, outputs).
 
@@ -153,7 +155,7 @@ class PairNet(nn.Module):
             raw = torch.cat([raw[:, :1], ordered_quantiles(raw[:, 1:], self.band_scale)], 1)
         return (raw, attention) if return_attention else raw
 
-# %% ../../nbs/deadlayer/14_model.ipynb #99df5af7
+# %% ../../nbs/deadlayer/14_model.ipynb #a924b6cb
 def published_config(mode: Literal["quantiles", "signs", "fccd"] = "quantiles") -> PairNetConfig:
     "The architecture of the published RNN (A. Alexander, RNN_DeadLayerFit)."
     return PairNetConfig(mode=mode, segment=1, embedding=0, hidden=256, layers=2, attention="multiplicative",
@@ -163,7 +165,7 @@ def count_parameters(module: nn.Module) -> int:
     "Number of trainable parameters."
     return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
-# %% ../../nbs/deadlayer/14_model.ipynb #faaab961
+# %% ../../nbs/deadlayer/14_model.ipynb #1ac63224
 def pinball(
     target: torch.Tensor,  # (n,)
     quantiles: torch.Tensor,  # (n, levels)
@@ -174,11 +176,15 @@ def pinball(
     miss = target[:, None] - quantiles
     return torch.maximum(tau * miss, (tau - 1) * miss).mean()
 
-# %% ../../nbs/deadlayer/14_model.ipynb #3d1a9deb
+# %% ../../nbs/deadlayer/14_model.ipynb #c029ee37
 @dataclass
 class LossConfig:
     "Weights of the parts of `PairLoss`."
     dlf_weight: float = 9.0  # of the DLF part; 9 x the mean pinball is 3 x the sum over the three levels
+
+    def __post_init__(self):
+        if not 0 <= self.dlf_weight < math.inf:
+            raise ConfigError("a finite number >= 0", str(self.dlf_weight), row="dlf_weight")
 
 class PairLoss(nn.Module):
     "Binary cross-entropy of the FCCD sign, plus the DLF part of the mode; labels are (n, 4): FCCD1, FCCD2, DLF1, DLF2."

@@ -6,7 +6,7 @@
 __all__ = ['CHANNELS', 'SOFTEN', 'Pairs', 'partner_ranges', 'propose_uniform', 'propose_log_uniform', 'PairSource',
            'pair_channels', 'InputConfig', 'PairInputs', 'PairConfig', 'PairBatches']
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #a754fc94
+# %% ../../nbs/deadlayer/13_prep.ipynb #cf546cd5
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +18,7 @@ import torch
 from ..core import ConfigError, DataError, FittedStep, default_device, torch_rng
 from .data import Spectra
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #45666e54
+# %% ../../nbs/deadlayer/13_prep.ipynb #86300928
 class Pairs(NamedTuple):
     "A batch of pairs of spectra; every field is a tensor of length n, or (n, bins) for the counts."
     counts1: torch.Tensor  # (n, bins) counts, in units of the measurement's exposure
@@ -27,7 +27,7 @@ class Pairs(NamedTuple):
     index2: torch.Tensor  # (n,) row in the second set
     labels: torch.Tensor  # (n, 4) FCCD1 [mm], FCCD2 [mm], DLF1, DLF2
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #3fbbeb9e
+# %% ../../nbs/deadlayer/13_prep.ipynb #7e066565
 def partner_ranges(
     fccd1: torch.Tensor,  # (n1,) sorted, mm
     fccd2: torch.Tensor,  # (n2,) sorted, mm
@@ -52,7 +52,7 @@ def propose_uniform(
     before = torch.where(i > 0, total[(i - 1).clamp(min=0)], 0)
     return i, low[i] + number - before
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #f0ebd1cc
+# %% ../../nbs/deadlayer/13_prep.ipynb #50fc3a9f
 def propose_log_uniform(
     fccd1: torch.Tensor,  # (n1,) sorted, mm
     fccd2: torch.Tensor,  # (n2,) sorted, mm
@@ -72,7 +72,7 @@ def propose_log_uniform(
     left = (right - 1).clamp(min=0)
     return i, torch.where((fccd2[left] - goal).abs() < (fccd2[right] - goal).abs(), left, right)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #37cd3a5d
+# %% ../../nbs/deadlayer/13_prep.ipynb #aa3963b4
 class PairSource:
     """Pairs of one spectrum of `first` and one of `second`, drawn as whole batches on `device`.
 
@@ -129,7 +129,7 @@ class PairSource:
         labels = torch.cat([self.labels1[i], self.labels2[j]], 1)[:, [0, 2, 1, 3]]
         return Pairs(a, b, self.rows1[i], self.rows2[j], labels)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #39be3c8f
+# %% ../../nbs/deadlayer/13_prep.ipynb #af6d5cbc
 def _propose(source, n, window, how, min_dfccd_in_mm, generator):
     "Rows (i, j) of n pairs in FCCD order, by either law."
     f1, f2 = source.labels1[:, 0].contiguous(), source.labels2[:, 0].contiguous()
@@ -152,7 +152,7 @@ def _sorted_by_fccd(spectra, device):
     labels = torch.as_tensor(np.stack([spectra.fccd_in_mm, spectra.dlf], 1)[rows], device=device)
     return torch.as_tensor(rows, device=device), mean, labels
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #bed9dd7a
+# %% ../../nbs/deadlayer/13_prep.ipynb #bd15e15b
 CHANNELS = ("difference", "pull", "log_difference", "ratio", "level")
 SOFTEN = 4.0
 
@@ -161,33 +161,37 @@ def pair_channels(
     counts2: torch.Tensor,  # (n, bins)
     channels: tuple[str, ...],  # names out of `CHANNELS`
     standardise=lambda counts, which: counts,  # per-bin standard score of spectrum 1 or 2, for `difference`
+    gain: float = 1.0,  # factor on the pull
 ) -> torch.Tensor:  # (n, channels, bins), not yet scaled
     "The channels of a batch of pairs."
     a, b = counts1, counts2
     made = {
         "difference": lambda: standardise(a, 1) - standardise(b, 2),
-        "pull": lambda: SOFTEN * torch.asinh((a - b) / (a + b + 1).sqrt() / SOFTEN),
+        "pull": lambda: SOFTEN * torch.asinh(gain * (a - b) / (a + b + 1).sqrt() / SOFTEN),
         "log_difference": lambda: torch.log((a + 1) / (b + 1)),
         "ratio": lambda: (a + 0.5) / (b + 0.5) - 1,
         "level": lambda: (a + b + 0.5).sqrt(),
     }
     return torch.stack([made[c]() for c in channels], 1)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #f469df00
+# %% ../../nbs/deadlayer/13_prep.ipynb #ee13b24e
 @dataclass
 class InputConfig:
     "What the network sees of a pair."
     channels: list[Literal["difference", "pull", "log_difference", "ratio", "level"]] = field(
         default_factory=lambda: ["pull", "level"])
+    components: int = 16  # project both spectra on so many principal components first; 0: take them as they are
     unit_area: bool = False  # give both spectra the same area, so that only shapes are compared
     scalers: Literal["one", "per_set"] = "one"  # of `difference`: common to both sets, or one each
 
     def __post_init__(self):
+        if self.components < 0:
+            raise ConfigError("a number >= 0", str(self.components), row="components")
         if not self.channels or len(set(self.channels)) < len(self.channels) or set(self.channels) - set(CHANNELS):
             raise ConfigError(f"one or more different channels of {', '.join(CHANNELS)}", str(self.channels),
                               row="channels")
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #2891352f
+# %% ../../nbs/deadlayer/13_prep.ipynb #8e92bb99
 class PairInputs(FittedStep):
     "Batch step: counts of two spectra, each (n, bins), to scaled channels (n, channels, bins); `fit` it first."
 
@@ -195,22 +199,32 @@ class PairInputs(FittedStep):
         self.config = config or InputConfig()
         self.channels = tuple(self.config.channels)
         channels = (len(self.channels), bins)
-        super().__init__(edges_keV=bins + 1, mean1=bins, std1=bins, mean2=bins, std2=bins, mean=channels, std=channels)
+        self.gain = (bins / self.config.components) ** 0.5 if self.config.components else 1.0
+        super().__init__(edges_keV=bins + 1, mean1=bins, std1=bins, mean2=bins, std2=bins, mean=channels, std=channels,
+                         area=(), centre=bins, basis=(self.config.components, bins))
 
     def forward(self, counts1: torch.Tensor, counts2: torch.Tensor) -> torch.Tensor:
         return (self.raw(counts1, counts2, self._buffers) - self.mean) / self.std
 
     def raw(self, counts1: torch.Tensor, counts2: torch.Tensor, statistics: dict) -> torch.Tensor:
-        "The channels before scaling; `statistics` holds mean1, std1, mean2, std2 for the standard scores."
-        if self.config.unit_area:
-            area1, area2 = counts1.sum(1, keepdim=True), counts2.sum(1, keepdim=True)
-            common = (area1 + area2) / 2
-            counts1, counts2 = counts1 * (common / area1), counts2 * (common / area2)
-
+        "The channels before scaling; `statistics` holds all but the last two."
         def standardise(counts, which):
             return (counts - statistics[f"mean{which}"]) / statistics[f"std{which}"]
 
-        return pair_channels(counts1, counts2, self.channels, standardise)
+        counts1, counts2 = (self.project(self.normalise(c, statistics), statistics) for c in (counts1, counts2))
+        return pair_channels(counts1, counts2, self.channels, standardise, self.gain)
+
+    def normalise(self, counts: torch.Tensor, statistics: dict) -> torch.Tensor:
+        "Bring spectra to the mean area of the training ones, if the config asks for it."
+        return counts * (statistics["area"] / counts.sum(1, keepdim=True)) if self.config.unit_area else counts
+
+    def project(self, counts: torch.Tensor, statistics: dict) -> torch.Tensor:
+        "Keep of spectra what lies in the span of the principal components."
+        if not self.config.components:
+            return counts
+        centre, basis = statistics["centre"], statistics["basis"]
+        score = ((counts + 0.375).sqrt() - centre) @ basis.T
+        return ((centre + score @ basis).clamp(min=0) ** 2 - 0.375).clamp(min=0)
 
     @torch.no_grad()
     def fit(
@@ -220,11 +234,12 @@ class PairInputs(FittedStep):
         n: int = 4096,  # number of pairs the statistics are taken from
         **draw_options,  # as in training
     ) -> "PairInputs":
-        "Take the scaling from the spectra of `source` and from `n` of its pairs."
-        means = [source.mean1, source.mean2]
+        "Take the components and the scaling from the spectra of `source` and from `n` of its pairs."
+        found = {"edges_keV": source.edges_keV, "area": torch.cat([source.mean1, source.mean2]).sum(1).mean()}
+        means = [self.normalise(m, found) for m in (source.mean1, source.mean2)]
+        found |= _principal_components(torch.cat(means), self.config.components)
         if self.config.scalers == "one":
             means = [torch.cat(means)] * 2
-        found = {"edges_keV": source.edges_keV}
         for which, m in zip("12", means, strict=True):
             found |= {f"mean{which}": m.mean(0), f"std{which}": _spread(m)}
         pairs = source.draw(n, generator=torch_rng(seed, "scaling", device=source.device), **draw_options)
@@ -243,12 +258,22 @@ class PairInputs(FittedStep):
                             f"{len(edges_keV) - 1} bins from {edges_keV[0]:g} to {edges_keV[-1]:g} keV",
                             remedy="cut and rebin the spectra as those of the training")
 
+def _principal_components(means, components):
+    "Centre (bins,) and leading principal components (components, bins) of expected counts, on the square-root scale."
+    root = (means.double() + 0.375).sqrt()
+    centre = root.mean(0)
+    _, vectors = torch.linalg.eigh((root - centre).T @ (root - centre))  # ascending
+    if components > min(root.shape):
+        raise DataError(f"at least {components} spectra and bins for as many components", f"shape {tuple(root.shape)}",
+                        row="inputs.components", remedy="lower inputs.components, or give more spectra")
+    return {"centre": centre.float(), "basis": vectors.flip(1).T[:components].float()}
+
 def _spread(x):
     "Standard deviation over the batch; 1 where nothing varies."
     std = x.std(0)
     return torch.where(std > 1e-6, std, torch.ones_like(std))
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #d8f3c8cf
+# %% ../../nbs/deadlayer/13_prep.ipynb #035ef770
 @dataclass
 class PairConfig:
     "Which pairs a network is trained on."
@@ -276,7 +301,7 @@ class PairConfig:
         return {"max_dfccd_in_mm": self.max_dfccd_in_mm, "max_ddlf": self.max_ddlf, "how": self.how,
                 "min_dfccd_in_mm": self.min_dfccd_in_mm}
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #4bbb5280
+# %% ../../nbs/deadlayer/13_prep.ipynb #07599d09
 class PairBatches:
     "An iterable of `n_batches` batches (counts1, counts2, labels), fresh in each epoch unless `fixed`."
 

@@ -6,20 +6,21 @@
 __all__ = ['PARTS', 'DataConfig', 'Config', 'config_from_dict', 'load_spectra', 'split_spectra', 'pair_source', 'fccd_accuracy',
            'dlf_coverage', 'build_pipeline', 'calibrate_band', 'train', 'load_run']
 
-# %% ../../nbs/deadlayer/18_train.ipynb #f3f5eb25
+# %% ../../nbs/deadlayer/18_train.ipynb #bb44b2ec
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, is_dataclass
 
 import torch
-from safetensors import safe_open
+from jsonargparse import ArgumentError, ArgumentParser
+from safetensors import SafetensorError, safe_open
 
-from ..core import ConfigError, DataError, default_device, derive_seed, seed_everything
+from ..core import ConfigError, DataError, RunError, default_device, derive_seed, seed_everything
 from .data import Spectra, SplitConfig, concatenate, read_spectra
 from .model import QUANTILES, LossConfig, PairLoss, PairNet, PairNetConfig
 from .prep import InputConfig, PairBatches, PairConfig, PairInputs, PairSource
 from ..train import Pipeline, Run, TrainConfig, as_dataloaders, build_learner, fit
 
-# %% ../../nbs/deadlayer/18_train.ipynb #41c4d9a9
+# %% ../../nbs/deadlayer/18_train.ipynb #f9e6dcd7
 @dataclass
 class DataConfig:
     "Which spectra, which part of them, and how they are split."
@@ -28,6 +29,14 @@ class DataConfig:
     high_keV: float = 450.0
     rebin: int = 1  # how many bins to add up
     split: SplitConfig = field(default_factory=SplitConfig)
+
+    def __post_init__(self):
+        if self.rebin < 1:
+            raise ConfigError("a number of bins of at least 1", str(self.rebin), row="data.rebin")
+        if not self.low_keV < self.high_keV:
+            raise ConfigError("low_keV below high_keV", f"{self.low_keV:g} and {self.high_keV:g}", row="data")
+        if len(set(self.spectra)) < len(self.spectra):
+            raise ConfigError("every store or folder once", str(self.spectra), row="data.spectra")
 
 @dataclass
 class Config:
@@ -39,21 +48,29 @@ class Config:
     loss: LossConfig = field(default_factory=LossConfig)
     train: TrainConfig = field(default_factory=TrainConfig)
 
-# %% ../../nbs/deadlayer/18_train.ipynb #68969d09
-def config_from_dict(settings: dict, cls: type = Config, where: str = "") -> Config:
-    "Build `cls` from nested dictionaries; an unknown key is a `ConfigError`."
-    known = {f.name: f for f in cls.__dataclass_fields__.values()}
-    unknown = set(settings) - set(known)
-    if unknown:
-        raise ConfigError(f"one of {', '.join(known)}", ", ".join(sorted(unknown)), row=where or "config")
-    parts = {}
-    for name, value in settings.items():
-        nested = getattr(known[name].default_factory, "__dataclass_fields__", None)
-        here = f"{where}.{name}" if where else name
-        parts[name] = config_from_dict(value, known[name].default_factory, here) if nested else value
-    return cls(**parts)
+    def __post_init__(self):
+        if self.model.batch_norm and self.pairs.batch_size < 2:
+            raise ConfigError("at least 2 with model.batch_norm", str(self.pairs.batch_size), row="pairs.batch_size")
 
-# %% ../../nbs/deadlayer/18_train.ipynb #07a45948
+# %% ../../nbs/deadlayer/18_train.ipynb #11df0aaf
+def config_from_dict(settings: dict) -> Config:
+    "The config of nested dictionaries; an unknown key or a value of the wrong type is a `ConfigError`."
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(Config)
+    try:
+        settings = parser.parse_object(settings).as_dict()
+    except (ArgumentError, TypeError, ValueError, AttributeError) as e:
+        raise ConfigError("the settings of a run", " ".join(str(e).split()), row="config") from e
+    return _build(Config, settings)
+
+def _build(cls, settings):
+    parts = {f.name: f.default_factory for f in fields(cls) if is_dataclass(f.default_factory)}
+    wrong = next((name for name in parts if not isinstance(settings.get(name), dict)), None)
+    if wrong:
+        raise ConfigError("a group of settings", repr(settings.get(wrong)), row=wrong)
+    return cls(**{k: _build(parts[k], v) if k in parts else v for k, v in settings.items()})
+
+# %% ../../nbs/deadlayer/18_train.ipynb #bb572661
 PARTS = ("train", "valid", "test")
 
 def load_spectra(config: DataConfig) -> Spectra:
@@ -65,7 +82,7 @@ def load_spectra(config: DataConfig) -> Spectra:
     spectra = spectra.select_energy(config.low_keV, config.high_keV)
     return spectra.rebin(config.rebin) if config.rebin > 1 else spectra
 
-# %% ../../nbs/deadlayer/18_train.ipynb #131e859d
+# %% ../../nbs/deadlayer/18_train.ipynb #f88da8b6
 def split_spectra(
     spectra: Spectra,  # labelled
     split: SplitConfig,
@@ -80,7 +97,7 @@ def split_spectra(
             parts[name] = {p: family[part == k] for k, p in enumerate(PARTS)}
     return parts
 
-# %% ../../nbs/deadlayer/18_train.ipynb #db882c42
+# %% ../../nbs/deadlayer/18_train.ipynb #b68c574f
 def pair_source(
     parts: dict[str, dict[str, Spectra]],  # from `split_spectra`
     part: str,  # train, valid or test
@@ -97,7 +114,7 @@ def pair_source(
     second = None if wanted == [pairs.first] else concatenate([parts[f][part] for f in wanted])
     return PairSource(parts[pairs.first][part], second, pairs.noise, device)
 
-# %% ../../nbs/deadlayer/18_train.ipynb #4971554e
+# %% ../../nbs/deadlayer/18_train.ipynb #91145e1a
 def fccd_accuracy(raw: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:
     "Fraction of pairs whose FCCD sign is right."
     return ((raw[:, 0] > 0) == (labels[:, 0] > labels[:, 1])).float().mean()
@@ -111,7 +128,7 @@ def build_pipeline(config: Config, bins: int) -> Pipeline:
     seed_everything(config.train.seed, "weights")
     return Pipeline(PairInputs(bins, config.inputs), PairNet(bins, len(config.inputs.channels), config.model))
 
-# %% ../../nbs/deadlayer/18_train.ipynb #6514ffb1
+# %% ../../nbs/deadlayer/18_train.ipynb #d81403d3
 @torch.no_grad()
 def calibrate_band(
     pipeline: Pipeline,  # mode "quantiles"
@@ -134,7 +151,7 @@ def calibrate_band(
     pipeline.net.band_scale.fill_((low * high) ** 0.5)
     return float(pipeline.net.band_scale)
 
-# %% ../../nbs/deadlayer/18_train.ipynb #bf5fa273
+# %% ../../nbs/deadlayer/18_train.ipynb #e2caaf59
 def train(
     config: Config,
     path: str | os.PathLike,  # the run folder to make
@@ -149,7 +166,6 @@ def train(
     spectra = load_spectra(config.data) if spectra is None else spectra
     parts = split_spectra(spectra, config.data.split)
     sources = {p: pair_source(parts, p, config.pairs, device) for p in ("train", "valid")}
-    run = _open_or_create(config, path, spectra, resume, overwrite)
     pipeline = build_pipeline(config, spectra.counts.shape[1]).to(device)
     options, pairs = config.pairs.draw_options(), config.pairs
     pipeline.prep.fit(sources["train"], seed=config.train.seed, **options)
@@ -159,12 +175,15 @@ def train(
     metrics = [fccd_accuracy] + ([dlf_coverage] if config.model.mode == "quantiles" else [])
     learn = build_learner(pipeline, as_dataloaders(*batches, n_inp=2, device=device),
                           PairLoss(config.model.mode, config.loss), config.train, metrics=metrics, cbs=list(cbs))
+    for part in batches:
+        next(iter(part))  # windows that hold no pairs show now, not when an old run has been replaced
+    run = _open_or_create(config, path, spectra, resume, overwrite)
     fit(learn, run, resume=resume)
     if config.model.mode == "quantiles":
         run.save_weights(pipeline, band_scale=calibrate_band(pipeline, batches[1]))
     return run
 
-# %% ../../nbs/deadlayer/18_train.ipynb #a0ac03ab
+# %% ../../nbs/deadlayer/18_train.ipynb #157bad95
 def _open_or_create(config, path, spectra, resume, overwrite):
     "The run folder to train in, checked against config and data when it is an old one."
     if not resume:
@@ -173,15 +192,21 @@ def _open_or_create(config, path, spectra, resume, overwrite):
     run.check_same(config, spectra.checksum)
     return run
 
-# %% ../../nbs/deadlayer/18_train.ipynb #c1036eb2
+# %% ../../nbs/deadlayer/18_train.ipynb #909ad7e4
 def load_run(
     path: str | os.PathLike,  # a run folder
     device: torch.device | str | None = None,
 ) -> tuple[Run, Config, Pipeline]:  # the pipeline in evaluation mode, on `device`
     "Open a finished run and rebuild its network; raises `RunError` if that cannot be done."
     run = Run.open(path)
-    config = config_from_dict(run.config)
-    with safe_open(run.path / "model.safetensors", "pt") as f:
-        bins = f.get_slice("prep.mean1").get_shape()[0]
+    weights = run.path / "model.safetensors"
+    try:
+        config = config_from_dict(run.config)
+        with safe_open(weights, "pt") as f:
+            bins = f.get_slice("prep.mean1").get_shape()[0]
+    except ConfigError as e:
+        raise RunError(e.expected, e.found, run.path / "config.yaml", e.row, "restore the file, or train again") from e
+    except SafetensorError as e:
+        raise RunError("the weights of a trained network", str(e), weights, remedy="train again") from e
     pipeline = build_pipeline(config, bins)
     return run, config, run.load_weights(pipeline).to(device or default_device()).eval()

@@ -8,7 +8,7 @@ __all__ = ['DEMO_MEASUREMENT', 'VERBS', 'Parser', 'fail', 'guarded', 'about', 'c
            'evaluate', 'run_parts', 'add_infer', 'infer', 'answer', 'add_compare', 'compare', 'add_demo', 'demo_config',
            'demo', 'demo_spectra', 'demo_rows', 'deadlayer']
 
-# %% ../nbs/90_cli.ipynb #22871c3b
+# %% ../nbs/90_cli.ipynb #52fa5860
 import os
 import sys
 import time
@@ -16,14 +16,14 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
-from typing import NoReturn, Optional
+from typing import NoReturn
 
 from fastcore.docments import docments
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
 from .core import ConfigError, DataError, InputError, NotFittedError, numpy_rng, to_plain, write_json
 
-# %% ../nbs/90_cli.ipynb #bb6940b3
+# %% ../nbs/90_cli.ipynb #a5397b35
 class Parser(ArgumentParser):
     "An argument parser whose errors take one line."
 
@@ -35,7 +35,7 @@ def fail(program: str, message: object) -> NoReturn:
     print(f"{program}: error: {' '.join(str(message).split())}", file=sys.stderr)
     raise SystemExit(2)
 
-# %% ../nbs/90_cli.ipynb #49ed5d49
+# %% ../nbs/90_cli.ipynb #e9579c64
 def guarded(program: str, act: Callable[[], None]) -> None:
     "Run `act`; what the user can mend ends in `fail`, an interrupt in exit code 130."
     try:
@@ -51,7 +51,7 @@ def guarded(program: str, act: Callable[[], None]) -> None:
         print(f"{program}: interrupted", file=sys.stderr)
         raise SystemExit(130) from None
 
-# %% ../nbs/90_cli.ipynb #0ebd7a36
+# %% ../nbs/90_cli.ipynb #cc23d09e
 @contextmanager
 def about(path: object) -> Iterator[None]:
     "Name `path` in errors that name no file."
@@ -66,12 +66,12 @@ def check_target(path: str | None, overwrite: bool) -> None:
     "Raise `DataError` if `path` exists and may not be replaced, or lies below a file."
     for parent in Path(path).parents if path else ():
         if parent.exists() and not parent.is_dir():
-            raise DataError("a folder", "a file", parent, remedy="choose another name")
+            raise DataError(f"a folder at {parent}", "a file", path, remedy="choose another name")
     taken = path and Path(path).exists() and (Path(path).is_file() or any(Path(path).iterdir()))
     if taken and not overwrite:
         raise DataError("a new name", "something of that name", path, remedy="choose another, or give --overwrite")
 
-# %% ../nbs/90_cli.ipynb #4200ec85
+# %% ../nbs/90_cli.ipynb #b3c0b3a2
 def add_simulate(p: Parser) -> None:
     p.add_argument("--out", type=str, help="store to write (HDF5)")
     p.add_argument("--folder", type=str, help="folder to write in the published layout, one file a spectrum")
@@ -101,7 +101,7 @@ def simulate(args: Namespace) -> None:
         write_folder(spectra, args.folder, overwrite=args.overwrite)
     print(f"{spectra!r}\n{' and '.join(filter(None, (args.out, args.folder)))} in {time.perf_counter() - start:.0f} s")
 
-# %% ../nbs/90_cli.ipynb #f382ce0f
+# %% ../nbs/90_cli.ipynb #3cf6862e
 def random_labels(n_random: int, n_dlf1: int, max_fccd_in_mm: float, seed: int) -> tuple:
     "FCCD in mm and DLF, each (n,), rounded to 0.0001 as in published file names; the last `n_dlf1` have DLF = 1."
     for name, value in (("random", n_random), ("dlf1", n_dlf1), ("max_fccd_in_mm", max_fccd_in_mm)):
@@ -115,7 +115,7 @@ def random_labels(n_random: int, n_dlf1: int, max_fccd_in_mm: float, seed: int) 
     dlf[n_random:] = 1.0
     return fccd, dlf
 
-# %% ../nbs/90_cli.ipynb #8d77a980
+# %% ../nbs/90_cli.ipynb #b122d0dc
 def add_prepare(p: Parser) -> None:
     p.add_argument("sources", nargs="+", type=str, help="folders of histograms, LH5 files or stores")
     p.add_argument("--out", type=str, required=True, help="store to write (HDF5)")
@@ -149,7 +149,7 @@ def print_pairs(title: str, values: dict) -> None:
         table.add_row(str(key), "\n".join(map(str, value)) if isinstance(value, list) else str(value))
     Console().print(table)
 
-# %% ../nbs/90_cli.ipynb #f3ed56d1
+# %% ../nbs/90_cli.ipynb #84fbad6f
 def add_train(p: Parser) -> None:
     from deadlayer_cres.deadlayer.train import Config
 
@@ -185,7 +185,7 @@ def describe(parser: Parser, cls: type, prefix: str = "--") -> None:
         elif comment and f"{prefix}{name}" in parser._option_string_actions:
             parser._option_string_actions[f"{prefix}{name}"].help = comment
 
-# %% ../nbs/90_cli.ipynb #46affbf1
+# %% ../nbs/90_cli.ipynb #e8723c7e
 def add_evaluate(p: Parser) -> None:
     p.add_argument("run", type=str, help="run folder")
     p.add_argument("--data", nargs="+", type=str, help="store or folders with the Monte-Carlo; default: as in training")
@@ -216,7 +216,7 @@ def evaluate(args: Namespace) -> None:
         print(f"warning: {text}", file=sys.stderr)
     print(f"report: {run.path / 'report.html'}")
 
-# %% ../nbs/90_cli.ipynb #9e95a77a
+# %% ../nbs/90_cli.ipynb #a250dc3e
 def run_parts(config, pipeline, data: list[str] | None) -> dict:
     "The parts of the spectra a run was trained on, or of `data` cut alike; the bins must be those of the network."
     from deadlayer_cres.deadlayer.train import load_spectra, split_spectra
@@ -228,12 +228,12 @@ def run_parts(config, pipeline, data: list[str] | None) -> dict:
         pipeline.prep.check_edges(spectra.edges_keV)
         return split_spectra(spectra, config.data.split)
 
-# %% ../nbs/90_cli.ipynb #bef3ac11
+# %% ../nbs/90_cli.ipynb #a6d01810
 def add_infer(p: Parser) -> None:
     p.add_argument("run", type=str, help="run folder")
     p.add_argument("--spectrum", type=str, required=True, help="measured spectrum (published layout, LH5 or store)")
     p.add_argument("--reference", nargs="+", type=str, help="Monte-Carlo to scan; default: that of the training")
-    p.add_argument("--row", type=Optional[int], help="which spectrum, counted from 0, if the file holds several")
+    p.add_argument("--row", type=int | None, help="which spectrum, counted from 0, if the file holds several")
     p.add_argument("--out", type=str, help="folder for the answer; default: RUN/infer/NAME")
 
 def infer(args: Namespace) -> None:
@@ -251,7 +251,7 @@ def infer(args: Namespace) -> None:
     out = Path(args.out or run.path / "infer" / Path(args.spectrum).stem)
     answer(run, config, pipeline, parts, measured, out, {"spectrum": args.spectrum, "row": row})
 
-# %% ../nbs/90_cli.ipynb #7f208156
+# %% ../nbs/90_cli.ipynb #bb71e4dd
 def answer(run, config, pipeline, parts: dict, measured, out: Path, facts: dict) -> dict:
     "Infer, write the answer to `out`, print it; returns the content of result.json."
     from deadlayer_cres.deadlayer.data import concatenate
@@ -277,7 +277,7 @@ def answer(run, config, pipeline, parts: dict, measured, out: Path, facts: dict)
     print(f"report: {report}")
     return result.summary()
 
-# %% ../nbs/90_cli.ipynb #bbe9564b
+# %% ../nbs/90_cli.ipynb #0cd9b7ce
 def add_compare(p: Parser) -> None:
     p.add_argument("runs", nargs="+", type=str, help="evaluated run folders")
     p.add_argument("--protocol", choices=["poisson", "shared"], default="poisson")
@@ -303,7 +303,7 @@ def compare(args: Namespace) -> None:
         save_png(Path(args.out) / "attention.png", attention_stack_figure(attentions))
     print(f"LaTeX and figure: {args.out}")
 
-# %% ../nbs/90_cli.ipynb #bf664ac3
+# %% ../nbs/90_cli.ipynb #b840323a
 def add_demo(p: Parser) -> None:
     p.add_argument("--out", type=str, default="demo", help="folder to write; an earlier demo there is replaced")
     p.add_argument("--random", type=int, default=800, help="number of spectra with random DLF")
@@ -324,7 +324,7 @@ def demo_config(store: str, epochs: int, seed: int):
         train=TrainConfig(epochs=epochs, lr=4e-3, warmup=0.15, beta2=0.99, grad_clip=1.0, seed=seed),
     )
 
-# %% ../nbs/90_cli.ipynb #435a1b14
+# %% ../nbs/90_cli.ipynb #99a643e9
 def demo(args: Namespace) -> None:
     "Simulate, train, evaluate and infer at a small scale; about four minutes on two cores."
     from deadlayer_cres.deadlayer.data import write_store
@@ -355,7 +355,7 @@ def demo(args: Namespace) -> None:
     print(f"done in {time.perf_counter() - start:.0f} s; reports: {run_path / 'report.html'} (the network) and "
           f"{out / 'answer/report.html'} (the dead layer)")
 
-# %% ../nbs/90_cli.ipynb #57a84a39
+# %% ../nbs/90_cli.ipynb #aa6e71bb
 DEMO_MEASUREMENT = 3_500_000  # decays in the pseudo-measurement: a tenth of the real one, so that the demo is quick
 
 def demo_spectra(fccd_in_mm: list, dlf: list, decays: int, seed: int):
@@ -373,7 +373,7 @@ def demo_rows(truth: dict, result: dict) -> dict:
             "DLF, truth": f"{truth['dlf']:.3f}",
             "DLF, inferred": f"{dlf['50']:.3f} (80 %: {dlf['10']:.3f} to {dlf['90']:.3f})"}
 
-# %% ../nbs/90_cli.ipynb #46ea2c5b
+# %% ../nbs/90_cli.ipynb #c1728498
 VERBS = {
     "simulate": (simulate, add_simulate, "deadlayer simulate --random 400 --dlf1 200 --decays 5000000 --out mc.h5"),
     "prepare": (prepare, add_prepare, "deadlayer prepare spectra_random_DLF spectra_DLF1 --out mc.h5"),
@@ -395,7 +395,7 @@ def _overview() -> str:
     return "usage: deadlayer VERB [options]\n\nThe dead layer of a germanium detector from its Ba-133 spectrum.\n\n" + \
         "\n".join(lines) + "\n\ndeadlayer VERB --help explains a verb, with an example."
 
-# %% ../nbs/90_cli.ipynb #861d1f40
+# %% ../nbs/90_cli.ipynb #021acf84
 def deadlayer(argv: list[str] | None = None) -> None:
     "Entry point of the program `deadlayer`."
     argv = sys.argv[1:] if argv is None else list(argv)

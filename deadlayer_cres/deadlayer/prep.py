@@ -4,9 +4,10 @@
 
 # %% auto #0
 __all__ = ['CHANNELS', 'SOFTEN', 'Pairs', 'partner_ranges', 'propose_uniform', 'propose_log_uniform', 'PairSource',
-           'pair_channels', 'InputConfig', 'PairInputs', 'PairConfig', 'PairBatches']
+           'pair_channels', 'principal_components', 'scale_to', 'project', 'InputConfig', 'PairInputs', 'PairConfig',
+           'PairBatches']
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #cf546cd5
+# %% ../../nbs/deadlayer/13_prep.ipynb #0528fb6f
 import math
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -18,7 +19,7 @@ import torch
 from ..core import ConfigError, DataError, FittedStep, default_device, torch_rng
 from .data import Spectra
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #86300928
+# %% ../../nbs/deadlayer/13_prep.ipynb #03702cc1
 class Pairs(NamedTuple):
     "A batch of pairs of spectra; every field is a tensor of length n, or (n, bins) for the counts."
     counts1: torch.Tensor  # (n, bins) counts, in units of the measurement's exposure
@@ -27,7 +28,7 @@ class Pairs(NamedTuple):
     index2: torch.Tensor  # (n,) row in the second set
     labels: torch.Tensor  # (n, 4) FCCD1 [mm], FCCD2 [mm], DLF1, DLF2
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #7e066565
+# %% ../../nbs/deadlayer/13_prep.ipynb #91a022b7
 def partner_ranges(
     fccd1: torch.Tensor,  # (n1,) sorted, mm
     fccd2: torch.Tensor,  # (n2,) sorted, mm
@@ -52,7 +53,7 @@ def propose_uniform(
     before = torch.where(i > 0, total[(i - 1).clamp(min=0)], 0)
     return i, low[i] + number - before
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #50fc3a9f
+# %% ../../nbs/deadlayer/13_prep.ipynb #9ace404e
 def propose_log_uniform(
     fccd1: torch.Tensor,  # (n1,) sorted, mm
     fccd2: torch.Tensor,  # (n2,) sorted, mm
@@ -72,7 +73,7 @@ def propose_log_uniform(
     left = (right - 1).clamp(min=0)
     return i, torch.where((fccd2[left] - goal).abs() < (fccd2[right] - goal).abs(), left, right)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #aa3963b4
+# %% ../../nbs/deadlayer/13_prep.ipynb #48c41dd4
 class PairSource:
     """Pairs of one spectrum of `first` and one of `second`, drawn as whole batches on `device`.
 
@@ -129,7 +130,7 @@ class PairSource:
         labels = torch.cat([self.labels1[i], self.labels2[j]], 1)[:, [0, 2, 1, 3]]
         return Pairs(a, b, self.rows1[i], self.rows2[j], labels)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #af6d5cbc
+# %% ../../nbs/deadlayer/13_prep.ipynb #540a51d7
 def _propose(source, n, window, how, min_dfccd_in_mm, generator):
     "Rows (i, j) of n pairs in FCCD order, by either law."
     f1, f2 = source.labels1[:, 0].contiguous(), source.labels2[:, 0].contiguous()
@@ -152,7 +153,7 @@ def _sorted_by_fccd(spectra, device):
     labels = torch.as_tensor(np.stack([spectra.fccd_in_mm, spectra.dlf], 1)[rows], device=device)
     return torch.as_tensor(rows, device=device), mean, labels
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #bd15e15b
+# %% ../../nbs/deadlayer/13_prep.ipynb #eea624ff
 CHANNELS = ("difference", "pull", "log_difference", "ratio", "level")
 SOFTEN = 4.0
 
@@ -174,7 +175,36 @@ def pair_channels(
     }
     return torch.stack([made[c]() for c in channels], 1)
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #ee13b24e
+# %% ../../nbs/deadlayer/13_prep.ipynb #24e88c15
+def principal_components(
+    means: torch.Tensor,  # (n, bins) expected counts
+    components: int,
+) -> dict[str, torch.Tensor]:  # centre (bins,) and basis (components, bins)
+    "Mean and leading principal components of spectra on the square-root scale; a `DataError` if there are too few."
+    root = (means.double() + 0.375).sqrt()
+    if components > min(root.shape):
+        raise DataError(f"at least {components} spectra and bins for as many components", f"shape {tuple(root.shape)}",
+                        row="inputs.components", remedy="lower inputs.components, or give more spectra")
+    centre = root.mean(0)
+    _, vectors = torch.linalg.eigh((root - centre).T @ (root - centre))  # ascending
+    return {"centre": centre.float(), "basis": vectors.flip(1).T[:components].float()}
+
+def scale_to(counts: torch.Tensor, area: torch.Tensor | None) -> torch.Tensor:
+    "Scale spectra (n, bins) to a common area, unless it is None."
+    return counts if area is None else counts * (area / counts.sum(1, keepdim=True))
+
+def project(
+    counts: torch.Tensor,  # (n, bins)
+    centre: torch.Tensor,  # (bins,)
+    basis: torch.Tensor,  # (components, bins), orthonormal; no components: the counts are returned as they are
+) -> torch.Tensor:  # (n, bins) expected counts, not negative
+    "Keep of spectra what lies in the span of the components, on the square-root scale."
+    if not len(basis):
+        return counts
+    score = ((counts + 0.375).sqrt() - centre) @ basis.T
+    return ((centre + score @ basis).clamp(min=0) ** 2 - 0.375).clamp(min=0)
+
+# %% ../../nbs/deadlayer/13_prep.ipynb #1aa1e3c0
 @dataclass
 class InputConfig:
     "What the network sees of a pair."
@@ -191,7 +221,7 @@ class InputConfig:
             raise ConfigError(f"one or more different channels of {', '.join(CHANNELS)}", str(self.channels),
                               row="channels")
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #8e92bb99
+# %% ../../nbs/deadlayer/13_prep.ipynb #4e894aa8
 class PairInputs(FittedStep):
     "Batch step: counts of two spectra, each (n, bins), to scaled channels (n, channels, bins); `fit` it first."
 
@@ -211,20 +241,11 @@ class PairInputs(FittedStep):
         def standardise(counts, which):
             return (counts - statistics[f"mean{which}"]) / statistics[f"std{which}"]
 
-        counts1, counts2 = (self.project(self.normalise(c, statistics), statistics) for c in (counts1, counts2))
+        area = statistics["area"] if self.config.unit_area else None
+        counts1, counts2 = (project(scale_to(c, area), statistics["centre"], statistics["basis"])
+                            for c in (counts1, counts2))
         return pair_channels(counts1, counts2, self.channels, standardise, self.gain)
 
-    def normalise(self, counts: torch.Tensor, statistics: dict) -> torch.Tensor:
-        "Bring spectra to the mean area of the training ones, if the config asks for it."
-        return counts * (statistics["area"] / counts.sum(1, keepdim=True)) if self.config.unit_area else counts
-
-    def project(self, counts: torch.Tensor, statistics: dict) -> torch.Tensor:
-        "Keep of spectra what lies in the span of the principal components."
-        if not self.config.components:
-            return counts
-        centre, basis = statistics["centre"], statistics["basis"]
-        score = ((counts + 0.375).sqrt() - centre) @ basis.T
-        return ((centre + score @ basis).clamp(min=0) ** 2 - 0.375).clamp(min=0)
 
     @torch.no_grad()
     def fit(
@@ -236,19 +257,17 @@ class PairInputs(FittedStep):
     ) -> "PairInputs":
         "Take the components and the scaling from the spectra of `source` and from `n` of its pairs."
         found = {"edges_keV": source.edges_keV, "area": torch.cat([source.mean1, source.mean2]).sum(1).mean()}
-        means = [self.normalise(m, found) for m in (source.mean1, source.mean2)]
-        found |= _principal_components(torch.cat(means), self.config.components)
+        area = found["area"] if self.config.unit_area else None
+        means = [scale_to(m, area) for m in (source.mean1, source.mean2)]
+        found |= principal_components(torch.cat(means), self.config.components)
         if self.config.scalers == "one":
             means = [torch.cat(means)] * 2
         for which, m in zip("12", means, strict=True):
             found |= {f"mean{which}": m.mean(0), f"std{which}": _spread(m)}
         pairs = source.draw(n, generator=torch_rng(seed, "scaling", device=source.device), **draw_options)
         x = self.raw(pairs.counts1, pairs.counts2, found)
-        mean, std = x.mean(0), _spread(x)
-        if "pull" in self.channels:
-            k = self.channels.index("pull")
-            mean[k], std[k] = 0, 1
-        return self.set_statistics(**found, mean=mean, std=std)
+        pull = torch.tensor([[c == "pull"] for c in self.channels], device=x.device)  # has its own unit
+        return self.set_statistics(**found, mean=x.mean(0).masked_fill(pull, 0), std=_spread(x).masked_fill(pull, 1))
 
     def check_edges(self, edges_keV: np.ndarray) -> None:
         "Raise `DataError` unless spectra have the bins that the network was trained on."
@@ -258,22 +277,12 @@ class PairInputs(FittedStep):
                             f"{len(edges_keV) - 1} bins from {edges_keV[0]:g} to {edges_keV[-1]:g} keV",
                             remedy="cut and rebin the spectra as those of the training")
 
-def _principal_components(means, components):
-    "Centre (bins,) and leading principal components (components, bins) of expected counts, on the square-root scale."
-    root = (means.double() + 0.375).sqrt()
-    centre = root.mean(0)
-    _, vectors = torch.linalg.eigh((root - centre).T @ (root - centre))  # ascending
-    if components > min(root.shape):
-        raise DataError(f"at least {components} spectra and bins for as many components", f"shape {tuple(root.shape)}",
-                        row="inputs.components", remedy="lower inputs.components, or give more spectra")
-    return {"centre": centre.float(), "basis": vectors.flip(1).T[:components].float()}
-
 def _spread(x):
     "Standard deviation over the batch; 1 where nothing varies."
     std = x.std(0)
     return torch.where(std > 1e-6, std, torch.ones_like(std))
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #035ef770
+# %% ../../nbs/deadlayer/13_prep.ipynb #8db53c45
 @dataclass
 class PairConfig:
     "Which pairs a network is trained on."
@@ -301,7 +310,7 @@ class PairConfig:
         return {"max_dfccd_in_mm": self.max_dfccd_in_mm, "max_ddlf": self.max_ddlf, "how": self.how,
                 "min_dfccd_in_mm": self.min_dfccd_in_mm}
 
-# %% ../../nbs/deadlayer/13_prep.ipynb #07599d09
+# %% ../../nbs/deadlayer/13_prep.ipynb #d69aa927
 class PairBatches:
     "An iterable of `n_batches` batches (counts1, counts2, labels), fresh in each epoch unless `fixed`."
 

@@ -17,10 +17,9 @@ from fastai.callback.schedule import combined_cos
 from safetensors.torch import load_file, save_file
 from torch import nn
 
-from deadlayer_cres.core import ConfigError, DataError, NotFittedError, RunError, read_json, write_json
+from deadlayer_cres.core import ConfigError, DataError, FittedStep, NotFittedError, RunError, read_json, write_json
 from deadlayer_cres.train import (
     AutocastBF16,
-    FittedStep,
     Pipeline,
     Run,
     TrainConfig,

@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'WINDOWS_KEV', 'fit_temperature', 'Scan', 'summarise_scan',
            'interpolate_spectrum', 'agreement', 'Inference', 'doubts', 'infer', 'scan_figure', 'spectrum_figure',
            'attention_of_decision_figure', 'result_rows', 'write_inference']
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #8496b2e4
+# %% ../../nbs/deadlayer/17_infer.ipynb #56473286
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from deadlayer_cres.plots import (
     step_spectrum,
 )
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #924ec2a6
+# %% ../../nbs/deadlayer/17_infer.ipynb #19aad2d9
 def fit_temperature(
     logit: np.ndarray,  # (n,) of pairs drawn uniformly within a narrow window
     thicker: np.ndarray,  # (n,) whether FCCD1 > FCCD2
@@ -50,7 +50,7 @@ def fit_temperature(
             break
     return 1 / a
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #15e79fbd
+# %% ../../nbs/deadlayer/17_infer.ipynb #1c7e7cf4
 LEVELS = {"68": (0.16, 0.84), "90": (0.05, 0.95)}
 
 @dataclass
@@ -74,13 +74,18 @@ def summarise_scan(
         side = "thinner" if falling[0] < 0.5 else "thicker"
         raise DataError("an FCCD within the references", f"a layer {side} than all of {x[0]:g} to {x[-1]:g} mm",
                         row="scan", remedy="give references over a wider range, or check the energy scale and exposure")
-    def cross(level):
-        above, below = x[falling >= level], x[falling <= level]
-        return (above[-1] if len(above) else x[0]) / 2 + (below[0] if len(below) else x[-1]) / 2
+
+    def cross(level):  # linear between the last point at or above the level and the next
+        k = int((falling >= level).sum())
+        if k in (0, len(x)):
+            return float(x[0] if k == 0 else x[-1])
+        share = (falling[k - 1] - level) / (falling[k - 1] - falling[k])
+        return float(x[k - 1] + share * (x[k] - x[k - 1]))
+
     intervals = {name: (cross(1 - low), cross(1 - high)) for name, (low, high) in LEVELS.items()}
     return Scan(x, p, falling, cross(0.5), intervals)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #5c82990a
+# %% ../../nbs/deadlayer/17_infer.ipynb #6db62ebc
 @torch.no_grad()
 def ask(
     pipeline: Callable,  # trained `Pipeline`
@@ -97,7 +102,7 @@ def ask(
         answers.append(pipeline(x.expand(len(y), -1), y).float().cpu().numpy())
     return np.concatenate(answers)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #38ac4cef
+# %% ../../nbs/deadlayer/17_infer.ipynb #f14671bc
 @torch.no_grad()
 def validation_temperature(
     pipeline: Callable,
@@ -112,23 +117,24 @@ def validation_temperature(
         pairs.counts1.split(1024), pairs.counts2.split(1024), strict=True)])
     return fit_temperature(logit, (pairs.labels[:, 0] > pairs.labels[:, 1]).cpu().numpy())
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #ed70e48b
+# %% ../../nbs/deadlayer/17_infer.ipynb #b9546123
 def interpolate_spectrum(
     spectra: Spectra,  # simulated
     fccd_in_mm: float,
     dlf: float,
-    neighbours: int = 40,
+    neighbours: int = 60,
 ) -> np.ndarray:  # (bins,) expected counts at exposure 1
-    "The spectrum expected at (FCCD, DLF), by a plane fitted to the square root of the nearest simulated ones."
+    "The spectrum expected at (FCCD, DLF), by a quadratic fit to the square root of the nearest simulated ones."
     offset = np.stack([(spectra.fccd_in_mm - fccd_in_mm) / 0.1, (spectra.dlf - dlf) / 0.2], 1)
     distance = np.hypot(*offset.T)
     near = np.argsort(distance, kind="stable")[:neighbours]
     weight = np.sqrt(np.clip(1 - (distance[near] / (distance[near].max() + 1e-9)) ** 2, 1e-3, 1))[:, None]
-    design = np.concatenate([np.ones((len(near), 1)), offset[near]], 1)
+    u, v = offset[near].T
+    design = np.stack([np.ones_like(u), u, v, u * u, u * v, v * v], 1)
     root = np.sqrt(spectra.counts[near] / spectra.exposure)
     return np.linalg.lstsq(design * weight, root * weight, rcond=1e-6)[0][0] ** 2
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #bf01747a
+# %% ../../nbs/deadlayer/17_infer.ipynb #72304e27
 WINDOWS_KEV = (5, 25, 45, 70, 95, 150, 210, 290, 320, 370, 395, 450)
 
 def agreement(
@@ -153,7 +159,7 @@ def agreement(
                      "chi2": chi2, "bins": len(n), "p_value": float(chi2_law.sf(chi2, len(n)))})
     return rows
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #fcecc930
+# %% ../../nbs/deadlayer/17_infer.ipynb #d0b998b8
 @dataclass
 class Inference:
     "What was inferred of one measured spectrum."
@@ -173,7 +179,7 @@ class Inference:
                 "agreement": self.windows, "warnings": self.warnings,
                 "scan": {k: getattr(self.scan, k) for k in ("fccd_in_mm", "probability", "falling")}}
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #1586501b
+# %% ../../nbs/deadlayer/17_infer.ipynb #92040e44
 def doubts(windows: list[dict], p_value: float = 1e-6) -> list[str]:
     "Warnings where Monte-Carlo and measurement disagree beyond statistics."
     bad = [w for w in windows if w["p_value"] < p_value]
@@ -185,7 +191,7 @@ def doubts(windows: list[dict], p_value: float = 1e-6) -> list[str]:
             f"({where} keV); worst {worst['low_keV']:g}-{worst['high_keV']:g} keV with chi2 per bin "
             f"{worst['chi2'] / worst['bins']:.1f}. The intervals are statistical only and do not cover this."]
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #b975e1b9
+# %% ../../nbs/deadlayer/17_infer.ipynb #aac73ba7
 def infer(
     pipeline: Callable,  # trained `Pipeline`, evaluation mode
     measured: Spectra,  # one spectrum
@@ -211,7 +217,7 @@ def infer(
     attention = _attention(pipeline, counts, reference[near])
     return Inference(scan, quantiles, temperature, windows, doubts(windows), measured, expected, attention)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #9273bd95
+# %% ../../nbs/deadlayer/17_infer.ipynb #ad219487
 def _check_measured(measured: Spectra, references: Spectra) -> None:
     if len(measured) != 1:
         raise DataError("one measured spectrum", str(len(measured)), remedy="choose one")
@@ -232,7 +238,7 @@ def _attention(pipeline, counts, reference):
     _, attention = pipeline.net(pipeline.prep(a.expand(len(b), -1), b), return_attention=True)
     return attention_per_bin(attention.cpu().numpy(), pipeline.net.config.segment, len(counts)).mean(0)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #fd5457f8
+# %% ../../nbs/deadlayer/17_infer.ipynb #53962069
 def scan_figure(scan: Scan) -> Figure:
     "The scan, whole and near the decision, with the best value and the agreement region."
     low, high = scan.intervals["90"]
@@ -250,7 +256,7 @@ def scan_figure(scan: Scan) -> Figure:
         axes[1].legend(loc="upper right")
     return fig
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #d9e50549
+# %% ../../nbs/deadlayer/17_infer.ipynb #0554649a
 def spectrum_figure(inference: Inference) -> Figure:
     "The measured spectrum, the Monte-Carlo at the best values with the DLF band, and their ratio; three energy ranges."
     m, expected = inference.measured, inference.expected
@@ -283,7 +289,7 @@ def _room(counts):
     some = counts[counts > 0]
     return (some.min() / 2, some.max() * 2) if some.size else (0.5, 2)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #6f59ef80
+# %% ../../nbs/deadlayer/17_infer.ipynb #c6953765
 def attention_of_decision_figure(inference: Inference) -> Figure:
     "The measured spectrum, coloured by the attention of the decisions near the best FCCD."
     m = inference.measured
@@ -302,7 +308,7 @@ def result_rows(inference: Inference) -> list[list[str]]:
         rows += [["DLF, median", f"{q['50']:.3f}"], ["DLF, 80 % band", f"{q['10']:.3f} to {q['90']:.3f}"]]
     return rows
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #01671d2e
+# %% ../../nbs/deadlayer/17_infer.ipynb #fd7bf316
 def write_inference(
     inference: Inference,
     folder: str | os.PathLike,  # where result.json, report.html and figures/ go

@@ -7,7 +7,7 @@ __all__ = ['LEVELS', 'WINDOWS_KEV', 'fit_temperature', 'Scan', 'summarise_scan',
            'interpolate_spectrum', 'agreement', 'Inference', 'doubts', 'infer', 'scan_figure', 'spectrum_figure',
            'attention_of_decision_figure', 'result_rows', 'write_inference']
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #56473286
+# %% ../../nbs/deadlayer/17_infer.ipynb #ce71e9cb
 import os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -34,7 +34,7 @@ from deadlayer_cres.plots import (
     step_spectrum,
 )
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #19aad2d9
+# %% ../../nbs/deadlayer/17_infer.ipynb #3291090b
 def fit_temperature(
     logit: np.ndarray,  # (n,) of pairs drawn uniformly within a narrow window
     thicker: np.ndarray,  # (n,) whether FCCD1 > FCCD2
@@ -50,7 +50,7 @@ def fit_temperature(
             break
     return 1 / a
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #1c7e7cf4
+# %% ../../nbs/deadlayer/17_infer.ipynb #3aad4564
 LEVELS = {"68": (0.16, 0.84), "90": (0.05, 0.95)}
 
 @dataclass
@@ -85,7 +85,7 @@ def summarise_scan(
     intervals = {name: (cross(1 - low), cross(1 - high)) for name, (low, high) in LEVELS.items()}
     return Scan(x, p, falling, cross(0.5), intervals)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #6db62ebc
+# %% ../../nbs/deadlayer/17_infer.ipynb #fa49c960
 @torch.no_grad()
 def ask(
     pipeline: Callable,  # trained `Pipeline`
@@ -102,7 +102,7 @@ def ask(
         answers.append(pipeline(x.expand(len(y), -1), y).float().cpu().numpy())
     return np.concatenate(answers)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #f14671bc
+# %% ../../nbs/deadlayer/17_infer.ipynb #0eb8cdcd
 @torch.no_grad()
 def validation_temperature(
     pipeline: Callable,
@@ -117,7 +117,7 @@ def validation_temperature(
         pairs.counts1.split(1024), pairs.counts2.split(1024), strict=True)])
     return fit_temperature(logit, (pairs.labels[:, 0] > pairs.labels[:, 1]).cpu().numpy())
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #b9546123
+# %% ../../nbs/deadlayer/17_infer.ipynb #611fdbc0
 def interpolate_spectrum(
     spectra: Spectra,  # simulated
     fccd_in_mm: float,
@@ -134,7 +134,7 @@ def interpolate_spectrum(
     root = np.sqrt(spectra.counts[near] / spectra.exposure)
     return np.linalg.lstsq(design * weight, root * weight, rcond=1e-6)[0][0] ** 2
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #72304e27
+# %% ../../nbs/deadlayer/17_infer.ipynb #4cd5dc7c
 WINDOWS_KEV = (5, 25, 45, 70, 95, 150, 210, 290, 320, 370, 395, 450)
 
 def agreement(
@@ -159,7 +159,7 @@ def agreement(
                      "chi2": chi2, "bins": len(n), "p_value": float(chi2_law.sf(chi2, len(n)))})
     return rows
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #d0b998b8
+# %% ../../nbs/deadlayer/17_infer.ipynb #0638e6fd
 @dataclass
 class Inference:
     "What was inferred of one measured spectrum."
@@ -179,7 +179,7 @@ class Inference:
                 "agreement": self.windows, "warnings": self.warnings,
                 "scan": {k: getattr(self.scan, k) for k in ("fccd_in_mm", "probability", "falling")}}
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #92040e44
+# %% ../../nbs/deadlayer/17_infer.ipynb #c73e11a3
 def doubts(windows: list[dict], p_value: float = 1e-6) -> list[str]:
     "Warnings where Monte-Carlo and measurement disagree beyond statistics."
     bad = [w for w in windows if w["p_value"] < p_value]
@@ -191,7 +191,7 @@ def doubts(windows: list[dict], p_value: float = 1e-6) -> list[str]:
             f"({where} keV); worst {worst['low_keV']:g}-{worst['high_keV']:g} keV with chi2 per bin "
             f"{worst['chi2'] / worst['bins']:.1f}. The intervals are statistical only and do not cover this."]
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #aac73ba7
+# %% ../../nbs/deadlayer/17_infer.ipynb #42ed4450
 def infer(
     pipeline: Callable,  # trained `Pipeline`, evaluation mode
     measured: Spectra,  # one spectrum
@@ -217,7 +217,7 @@ def infer(
     attention = _attention(pipeline, counts, reference[near])
     return Inference(scan, quantiles, temperature, windows, doubts(windows), measured, expected, attention)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #ad219487
+# %% ../../nbs/deadlayer/17_infer.ipynb #5e2362c8
 def _check_measured(measured: Spectra, references: Spectra) -> None:
     if len(measured) != 1:
         raise DataError("one measured spectrum", str(len(measured)), remedy="choose one")
@@ -238,7 +238,7 @@ def _attention(pipeline, counts, reference):
     _, attention = pipeline.net(pipeline.prep(a.expand(len(b), -1), b), return_attention=True)
     return attention_per_bin(attention.cpu().numpy(), pipeline.net.config.segment, len(counts)).mean(0)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #53962069
+# %% ../../nbs/deadlayer/17_infer.ipynb #80b7f794
 def scan_figure(scan: Scan) -> Figure:
     "The scan, whole and near the decision, with the best value and the agreement region."
     low, high = scan.intervals["90"]
@@ -256,7 +256,7 @@ def scan_figure(scan: Scan) -> Figure:
         axes[1].legend(loc="upper right")
     return fig
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #0554649a
+# %% ../../nbs/deadlayer/17_infer.ipynb #114ad34f
 def spectrum_figure(inference: Inference) -> Figure:
     "The measured spectrum, the Monte-Carlo at the best values with the DLF band, and their ratio; three energy ranges."
     m, expected = inference.measured, inference.expected
@@ -289,7 +289,7 @@ def _room(counts):
     some = counts[counts > 0]
     return (some.min() / 2, some.max() * 2) if some.size else (0.5, 2)
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #c6953765
+# %% ../../nbs/deadlayer/17_infer.ipynb #35bde159
 def attention_of_decision_figure(inference: Inference) -> Figure:
     "The measured spectrum, coloured by the attention of the decisions near the best FCCD."
     m = inference.measured
@@ -308,7 +308,7 @@ def result_rows(inference: Inference) -> list[list[str]]:
         rows += [["DLF, median", f"{q['50']:.3f}"], ["DLF, 80 % band", f"{q['10']:.3f} to {q['90']:.3f}"]]
     return rows
 
-# %% ../../nbs/deadlayer/17_infer.ipynb #fd7bf316
+# %% ../../nbs/deadlayer/17_infer.ipynb #0ab5bef2
 def write_inference(
     inference: Inference,
     folder: str | os.PathLike,  # where result.json, report.html and figures/ go

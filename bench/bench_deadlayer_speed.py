@@ -361,6 +361,7 @@ def machine(options) -> dict:
             return None
 
     about = environment()
+    about["argv"] = [Path(word).name if "/" in word else word for word in about["argv"]]  # no paths of this machine
     about["packages"] |= {n: installed(n) for n in ("pandas", "tables", "scikit-learn")}
     return about | {"cpu": about.get("cpu") or cpu_model(), "cores": len(os.sched_getaffinity(0)),
                     "threads": options.threads, "load_average": os.getloadavg()}

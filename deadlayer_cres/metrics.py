@@ -131,7 +131,7 @@ def coverage(
     hi,  # (n,) upper ends
     group=None,  # (n,) what each item belongs to; None: all are independent
 ) -> Estimate:  # fraction with lo <= y <= hi
-    "Fraction of truths inside their band; the error is binomial, or that of the groups if it is larger."
+    "Fraction of truths inside their band; the error is binomial, or that of the groups if it is larger (NaN for one)."
     y = _column(y, "y")
     lo, hi = _column(lo, "lo", len(y)), _column(hi, "hi", len(y))
     inside = (lo <= y) & (y <= hi)
@@ -139,12 +139,10 @@ def coverage(
     if group is None:
         return simple
     _, group = np.unique(_column(group, "group", len(y)), return_inverse=True)
-    groups = group.max() + 1
-    if groups < 2:
-        raise DataError("at least two groups", "one", remedy="leave out group, or use more spectra")
     excess = np.bincount(group, inside - simple.value) / len(y)  # (groups,)
-    error = float(np.sqrt(groups / (groups - 1) * (excess**2).sum()))
-    return Estimate(simple.value, max(error, simple.error), simple.n)
+    groups = len(excess)
+    error = np.sqrt(groups / (groups - 1) * (excess**2).sum()) if groups > 1 else np.nan
+    return Estimate(simple.value, float(np.maximum(error, simple.error)), simple.n)
 
 # %% ../nbs/02_metrics.ipynb #4c8e568f
 def crossings(

@@ -2,14 +2,14 @@
 
     python bench/bench_cres_prep.py --published PUBLISHED
 
-PUBLISHED is a checkout of the published code (C. Reissel, neutrino_project). Its data set class `Project8Sim` is imported
-from there as it is; its file imports `lightning` without using it, so an empty module stands in where that is missing.
-Without --published only our own numbers are taken.
+PUBLISHED is a checkout of the published code (C. Reissel, neutrino_project). Its data set class `Project8Sim` is
+imported from there as it is; its file imports `lightning` without using it, so an empty module stands in where that is
+missing. Without --published only our own numbers are taken.
 
-The events are made here: chirped lines, 8,192 samples of I and Q, in one HDF5 file laid out as the published code writes
-it. Each program runs in a process of its own, in turns, A B C A B C, a few seconds each, the others waiting. Rates are
-events per second by the clock and, less troubled by what else the machine does, by the processor time of the process;
-in batches of 128 and in shuffled order, reading included.
+The events are made here: chirped lines, 8,192 samples of I and Q, in one HDF5 file laid out as the published code
+writes it. Each program runs in a process of its own, in turns, A B C A B C, a few seconds each, the others waiting.
+Rates are events per second by the clock and, less troubled by what else the machine does, by the processor time of the
+process; in batches of 128 and in shuffled order, reading included.
 
 - published: its class in PyTorch's loader, in one process: it reads an event, draws noise for I and Q, scales both,
   transforms them and scales real and imaginary part.

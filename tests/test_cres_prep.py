@@ -644,6 +644,19 @@ def test_fit_is_reproducible_and_leaves_the_random_numbers_alone(noise):
     assert torch.allclose(a.steps["scale"].std, b.steps["scale"].std, rtol=1e-6)
 
 
+def test_fit_draws_noise_that_no_event_has(noise):
+    step = build_prep(PrepConfig(), N).fit(noise[:32]).steps["scale"]
+    used = Spectrum(N, *BAND_HZ)(noise[:32] + NOISE_SIGMA_V * numbered_noise(-1 - torch.arange(32), N))
+    assert torch.allclose(step.std, used.square().mean().sqrt(), rtol=1e-5)
+
+
+@pytest.mark.parametrize("representation", ["spectrum", "stft", "q_transform"])
+def test_log_power_is_in_units_of_the_noise_where_it_is_taken(representation):
+    config = PrepConfig(representation=representation, log_power=True, scale="none", segment=64, hop=64, q=16.0)
+    out = build_prep(config, N).eval()(torch.zeros(300, 2, N), torch.arange(300))
+    assert abs(out.mean() - 0.59635) < 0.01  # Gompertz' constant
+
+
 def test_pipeline_applies_the_preparation(noise):
     from deadlayer_cres.train import Pipeline
 

@@ -9,7 +9,7 @@ __all__ = ['SAMPLING_RATE_HZ', 'BAND_HZ', 'NOISE_SIGMA_V', 'to_complex', 'to_cha
            'STFT', 'plot_time_frequency', 'q_rows', 'q_windows', 'QTransform', 'Scale', 'ScaleEvent', 'ScaleTargets',
            'PrepConfig', 'Prep', 'build_prep']
 
-# %% ../../nbs/cres/23_prep.ipynb #3ba76a63
+# %% ../../nbs/cres/23_prep.ipynb #f9255e8c
 import math
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass
@@ -23,12 +23,12 @@ from torch import nn
 
 from ..core import ConfigError, DataError, FittedStep, NotFittedError, derive_seed
 
-# %% ../../nbs/cres/23_prep.ipynb #45de3e9b
+# %% ../../nbs/cres/23_prep.ipynb #cbb662f7
 SAMPLING_RATE_HZ = 403e6  # of the published events
 BAND_HZ = (-90e6, -27e6)  # carriers at -72 to -45 MHz and their first sidebands, for an oscillator at 25.9702 GHz
 NOISE_SIGMA_V = 0.0471  # of the published noise, in each quadrature
 
-# %% ../../nbs/cres/23_prep.ipynb #f4817648
+# %% ../../nbs/cres/23_prep.ipynb #c8a56fa6
 def to_complex(
     x: torch.Tensor,  # (n, 2, ...) I and Q
 ) -> torch.Tensor:  # (n, ...) complex
@@ -48,7 +48,7 @@ def _check(x: torch.Tensor, samples: int) -> torch.Tensor:
                         remedy="cut the events to the record length that the step was made for")
     return x
 
-# %% ../../nbs/cres/23_prep.ipynb #3e5d9796
+# %% ../../nbs/cres/23_prep.ipynb #8e24d437
 def plot_spectrum(
     ax,  # Matplotlib axes
     z,  # (samples,) complex signal in V, or its (2, samples) channels
@@ -70,7 +70,7 @@ def fft_frequencies(
     "Frequencies in Hz of the bins of a discrete Fourier transform, negative ones first."
     return torch.fft.fftshift(torch.fft.fftfreq(samples, 1 / sampling_rate_Hz, dtype=torch.float64))
 
-# %% ../../nbs/cres/23_prep.ipynb #e9543277
+# %% ../../nbs/cres/23_prep.ipynb #e5bdb026
 def noise_sigma(
     psd_W_per_Hz: float = 2.2e-13,  # power density of the noise
     sampling_rate_Hz: float = SAMPLING_RATE_HZ,
@@ -79,7 +79,7 @@ def noise_sigma(
     "Standard deviation of white noise in each quadrature."
     return math.sqrt(0.5 * resistance_ohm * psd_W_per_Hz * sampling_rate_Hz)
 
-# %% ../../nbs/cres/23_prep.ipynb #479f989d
+# %% ../../nbs/cres/23_prep.ipynb #3ceca46c
 def squares64(
     counter: torch.Tensor,  # int64, any shape, read modulo 2^64
     key: int,  # odd, with irregular bits, as `derive_seed` gives
@@ -99,7 +99,7 @@ def _high_half(x: torch.Tensor) -> torch.Tensor:
 def _swap_halves(x: torch.Tensor) -> torch.Tensor:
     return _high_half(x) | (x << 32)
 
-# %% ../../nbs/cres/23_prep.ipynb #f1e11a1e
+# %% ../../nbs/cres/23_prep.ipynb #58af389c
 def numbered_noise(
     index: torch.Tensor,  # (n,) whole numbers that name the events
     samples: int,
@@ -117,7 +117,7 @@ def _gaussian(bits: torch.Tensor) -> torch.Tensor:
     angle = (bits & 0xFFFFFFFF) * (2 * math.pi * 2.0**-32)
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
 
-# %% ../../nbs/cres/23_prep.ipynb #5d6f96c1
+# %% ../../nbs/cres/23_prep.ipynb #1ff299db
 def draw_noise(
     x: torch.Tensor,  # (n, 2, samples): the shape, dtype and device wanted
     index: torch.Tensor | None,  # (n,) numbers of the events; not used when `fresh`
@@ -149,7 +149,7 @@ class AddNoise(nn.Module):
     def forward(self, x: torch.Tensor, index: torch.Tensor | None = None) -> torch.Tensor:
         return torch.add(x, draw_noise(x, index, self.seed, self.training), alpha=self.sigma_V)
 
-# %% ../../nbs/cres/23_prep.ipynb #d931347a
+# %% ../../nbs/cres/23_prep.ipynb #ba977035
 class AddColouredNoise(FittedStep):
     "Batch step: stationary noise of a given spectrum, fresh in training, by number in evaluation; `fit` it first."
 
@@ -193,7 +193,7 @@ class AddColouredNoise(FittedStep):
             power = power + torch.fft.fft(z, norm="ortho").abs().double().square().sum(0)
         return self.set_statistics(sigma_V=(power / (2 * parts * len(noise))).sqrt())
 
-# %% ../../nbs/cres/23_prep.ipynb #fc2a1a66
+# %% ../../nbs/cres/23_prep.ipynb #232e5f9e
 def band_bins(
     samples: int,
     sampling_rate_Hz: float,
@@ -214,7 +214,7 @@ def band_bins(
                           f"{sampling_rate_Hz / samples / 1e6:g} MHz", row="low_Hz, high_Hz")
     return range(max(first, -(samples // 2)), last + 1)
 
-# %% ../../nbs/cres/23_prep.ipynb #c3a98c64
+# %% ../../nbs/cres/23_prep.ipynb #99f9f4c0
 def butterworth_response(
     frequency_Hz: np.ndarray,  # (m,)
     low_Hz: float,  # edges of the band, with their signs
@@ -257,7 +257,7 @@ class BandPass(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return to_channels(torch.fft.ifft(torch.fft.fft(to_complex(_check(x, self.samples))) * self.response))
 
-# %% ../../nbs/cres/23_prep.ipynb #18c36680
+# %% ../../nbs/cres/23_prep.ipynb #4fcba8f1
 class MixDecimate(nn.Module):
     "Batch step: mix the centre of a band down to zero, and keep the samples which the band needs."
 
@@ -282,7 +282,7 @@ class MixDecimate(nn.Module):
         z = torch.fft.fft(to_complex(_check(x, self.samples)), norm="forward")
         return to_channels(torch.fft.ifft(z[:, self.bins], norm="forward"))
 
-# %% ../../nbs/cres/23_prep.ipynb #3f69532a
+# %% ../../nbs/cres/23_prep.ipynb #307f2e77
 def taper(
     name: str,  # as `scipy.signal.get_window` knows it: boxcar, hann, ...
     samples: int,
@@ -305,7 +305,7 @@ class Window(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return _check(x, self.samples) * self.taper
 
-# %% ../../nbs/cres/23_prep.ipynb #aa2a246b
+# %% ../../nbs/cres/23_prep.ipynb #10c702fb
 class Spectrum(nn.Module):
     "Batch step: real and imaginary part of the orthonormal Fourier transform, ascending; optionally of one band."
 
@@ -329,7 +329,7 @@ class Spectrum(nn.Module):
         z = torch.fft.fft(to_complex(_check(x, self.samples)), norm="ortho")
         return to_channels(torch.cat([z[:, part] for part in self.parts], 1))
 
-# %% ../../nbs/cres/23_prep.ipynb #4a481e97
+# %% ../../nbs/cres/23_prep.ipynb #6141a1ab
 def log_power(
     x: torch.Tensor,  # (n, 2, ...) real and imaginary part, V
     sigma_V: float = NOISE_SIGMA_V,  # of the noise in each part
@@ -349,7 +349,7 @@ class LogPower(nn.Module):
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return log_power(x, self.sigma_V)
 
-# %% ../../nbs/cres/23_prep.ipynb #bd6a483f
+# %% ../../nbs/cres/23_prep.ipynb #41a51b39
 class STFT(nn.Module):
     "Batch step: short-time Fourier transform, real and imaginary part; frequencies ascend."
 
@@ -375,7 +375,7 @@ class STFT(nn.Module):
         pieces = to_complex(_check(x, self.samples)).unfold(1, self.segment, self.hop) * self.taper
         return to_channels(torch.fft.fftshift(torch.fft.fft(pieces, norm="ortho"), dim=2).transpose(1, 2))
 
-# %% ../../nbs/cres/23_prep.ipynb #dcea0e27
+# %% ../../nbs/cres/23_prep.ipynb #e4bc0bea
 def plot_time_frequency(
     ax,  # Matplotlib axes
     values,  # (frequencies, times)
@@ -392,7 +392,7 @@ def plot_time_frequency(
     if label:
         ax.figure.colorbar(mesh, ax=ax, label=label, pad=0.01)
 
-# %% ../../nbs/cres/23_prep.ipynb #87b2f94d
+# %% ../../nbs/cres/23_prep.ipynb #7bfc2f8e
 def q_rows(
     low_Hz: float,  # edges of the band, with one sign
     high_Hz: float,
@@ -422,7 +422,7 @@ def q_windows(
     w = np.where(np.abs(u) < 1, (1 - u**2) ** 2, 0)
     return middle, w / np.sqrt(np.sum(w**2, 1, keepdims=True))
 
-# %% ../../nbs/cres/23_prep.ipynb #f011104d
+# %% ../../nbs/cres/23_prep.ipynb #23368658
 class QTransform(nn.Module):
     "Batch step: Q-transform of the complex signal, real and imaginary part; frequencies ascend."
 
@@ -464,7 +464,7 @@ class QTransform(nn.Module):
         z = torch.fft.fft(to_complex(_check(x, self.samples)), norm="ortho")
         return to_channels(torch.fft.ifft(z[:, self.bins] * self.windows, norm="forward"))
 
-# %% ../../nbs/cres/23_prep.ipynb #4cbbb58c
+# %% ../../nbs/cres/23_prep.ipynb #fdeca16c
 class Scale(FittedStep):
     "Batch step: divide by statistics of the training events, the same for all events; `fit` it first."
 
@@ -512,7 +512,7 @@ class ScaleEvent(nn.Module):
         x = x - x.mean(dims, keepdim=True)
         return x / (x.square().mean(dims, keepdim=True).sqrt() + 1e-8)
 
-# %% ../../nbs/cres/23_prep.ipynb #f630b0d0
+# %% ../../nbs/cres/23_prep.ipynb #fa36ca69
 class ScaleTargets(FittedStep):
     "Targets (n, k) to mean 0 and standard deviation 1, and predictions back to their units; `fit` it first."
 
@@ -551,7 +551,7 @@ class ScaleTargets(FittedStep):
         if not self._ready:
             raise NotFittedError("ScaleTargets has no statistics yet: call fit, or load trained weights")
 
-# %% ../../nbs/cres/23_prep.ipynb #885ae8e1
+# %% ../../nbs/cres/23_prep.ipynb #16e65f83
 @dataclass
 class PrepConfig:
     "What happens to an event before the network sees it, in this order."
@@ -584,7 +584,7 @@ _CHOICES = {"noise": ("white", "coloured", "none"), "filter": ("none", "butterwo
             "representation": ("time", "spectrum", "stft", "q_transform"),
             "scale": ("amplitude", "standard", "event", "none")}
 
-# %% ../../nbs/cres/23_prep.ipynb #31283fa1
+# %% ../../nbs/cres/23_prep.ipynb #77488001
 class Prep(nn.Module):
     "Batch steps one after the other: clean events (n, 2, samples), and their numbers, to inputs of the network."
 
@@ -641,7 +641,7 @@ class Prep(nn.Module):
 
 _NOISE_STEPS = (AddNoise, AddColouredNoise)
 
-# %% ../../nbs/cres/23_prep.ipynb #f7318d5d
+# %% ../../nbs/cres/23_prep.ipynb #05299942
 def build_prep(
     config: PrepConfig,
     samples: int,  # of an event

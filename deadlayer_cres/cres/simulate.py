@@ -9,7 +9,7 @@ __all__ = ['INELASTIC_M2', 'ELASTIC_M2', 'DRAWN', 'LABELS', 'TEST_SETS', 'CHECKS
            'SimulateConfig', 'read_table', 'drift', 'Tracks', 'Simulator', 'simulate_events', 'set_checksum',
            'test_set', 'simulate_store', 'EventStream']
 
-# %% ../../nbs/cres/21_simulate.ipynb #02d2b505
+# %% ../../nbs/cres/21_simulate.ipynb #fb5c7972
 import csv
 import math
 import os
@@ -45,7 +45,7 @@ from deadlayer_cres.cres.trap import (
     default_trap,
 )
 
-# %% ../../nbs/cres/21_simulate.ipynb #53a40a27
+# %% ../../nbs/cres/21_simulate.ipynb #71bdf1c9
 def _cos_sin(cycles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Cosine and sine of a phase in cycles (float64), in single precision."
     x = (2 * math.pi * (cycles - cycles.round())).float()
@@ -88,7 +88,7 @@ def waveforms(
     on = on if stop_s is None else on & (t < stop_s[:, None])
     return z * on[:, None]
 
-# %% ../../nbs/cres/21_simulate.ipynb #f2a50b69
+# %% ../../nbs/cres/21_simulate.ipynb #2c0145cf
 def noise_sigma_V(
     power_W_per_Hz: float,  # one-sided density of the noise power
     sampling_rate_Hz: float = SAMPLING_RATE_HZ,
@@ -97,7 +97,7 @@ def noise_sigma_V(
     "Standard deviation of white noise of a given power density, as Locust defines it."
     return math.sqrt(impedance_ohm * power_W_per_Hz * sampling_rate_Hz / 2)
 
-# %% ../../nbs/cres/21_simulate.ipynb #a0e0de4e
+# %% ../../nbs/cres/21_simulate.ipynb #cd873cf4
 def random_bits(
     seed: int,
     name: str,  # what the stream is for
@@ -123,7 +123,7 @@ def white_noise(
     radius, angle = u.log_().mul_(-2).sqrt_(), v.mul_(2 * math.pi)
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
 
-# %% ../../nbs/cres/21_simulate.ipynb #8ff16295
+# %% ../../nbs/cres/21_simulate.ipynb #5e107b27
 def read_noise_spectrum(
     path: str | os.PathLike,  # CSV with a header and the columns frequency_Hz and density_V2_per_Hz
 ) -> tuple[np.ndarray, np.ndarray]:  # (m,) f - f_LO in Hz; (m,) density per quadrature in V^2/Hz
@@ -158,7 +158,7 @@ def _read_columns(path) -> dict[str, np.ndarray]:
         raise DataError("finite numbers", ",".join(rows[1 + bad[0]]), path, int(bad[0]))
     return dict(zip(names, values.T, strict=True))
 
-# %% ../../nbs/cres/21_simulate.ipynb #da5f776a
+# %% ../../nbs/cres/21_simulate.ipynb #05f9a1de
 class Noise:
     """Noise of a receiver, white of a given standard deviation or of a given spectrum.
 
@@ -200,7 +200,7 @@ class Noise:
         "Noise (n, 2, samples) in V from `generator`, on its device."
         return self.shape(torch.randn(n, 2, samples, generator=generator, device=generator.device))
 
-# %% ../../nbs/cres/21_simulate.ipynb #a4d2ecce
+# %% ../../nbs/cres/21_simulate.ipynb #b86412a3
 def uniforms(
     seed: int,
     name: str,  # what the numbers are for
@@ -211,7 +211,7 @@ def uniforms(
     "Uniform numbers that depend on `seed`, `name` and the index of the event alone."
     return torch.from_numpy(((random_bits(seed, name, first, n, width) >> np.uint64(11)) + 0.5) * 2.0**-53)
 
-# %% ../../nbs/cres/21_simulate.ipynb #757a9b81
+# %% ../../nbs/cres/21_simulate.ipynb #46feb435
 class PitchLaw:
     """Distribution of the pitch angle, at the trap's centre, of electrons born evenly and isotropically in a trap.
 
@@ -224,11 +224,12 @@ class PitchLaw:
         low_deg: float = 88.0,
         high_deg: float = 90.0,
         radius_max_m: float = 6.5e-3,
-        radii: int = 14,  # rows of the table
-        angles: int = 513,  # columns of the table
+        radii: int = 8,  # rows of the table
+        angles: int = 257,  # columns of the table, denser towards both ends
     ):
         self.radius_max_m = max(radius_max_m, 1e-9)
-        self.pitch_deg = torch.linspace(low_deg, high_deg, angles, dtype=torch.float64)
+        part = (1 - torch.linspace(0, math.pi, angles, dtype=torch.float64).cos()) / 2
+        self.pitch_deg = low_deg + (high_deg - low_deg) * part
         r = torch.linspace(0, self.radius_max_m, radii, dtype=torch.float64)
         angle, radius = self.pitch_deg.repeat(radii), r.repeat_interleave(angles)
         motion = axial_motion(trap, torch.full_like(angle, 18.6e3), angle, radius)
@@ -260,7 +261,7 @@ def _inverse(cdf: torch.Tensor, x: torch.Tensor, u: torch.Tensor) -> torch.Tenso
     part = (u - low) / (high - low).clamp(min=1e-300)
     return x[i - 1] + (x[i] - x[i - 1]) * part.clamp(0, 1)
 
-# %% ../../nbs/cres/21_simulate.ipynb #71e672be
+# %% ../../nbs/cres/21_simulate.ipynb #473df19c
 INELASTIC_M2, ELASTIC_M2 = 3.40e-22, 0.29e-22
 "Cross sections of H2 and T2 for electrons of 18.6 keV in m^2 (Aseev et al. 2000; KATRIN design report 2004)."
 
@@ -273,7 +274,7 @@ def mean_track_length_s(
     speed = LIGHT * math.sqrt(1 - gamma**-2)
     return 1 / (density_per_m3 * (INELASTIC_M2 + ELASTIC_M2) * speed)
 
-# %% ../../nbs/cres/21_simulate.ipynb #8fa99f28
+# %% ../../nbs/cres/21_simulate.ipynb #e0dccd26
 _LOSS = {"A1": 0.204, "w1": 1.85, "e1": 12.6, "A2": 0.0556, "w2": 12.5, "e2": 14.30, "ec": 14.09}  # 1/eV, eV
 
 def energy_loss_eV(
@@ -293,7 +294,7 @@ def energy_loss_eV(
     ionised = p["e2"] + p["w2"] / 2 * torch.tan(start + (end - start) * ((u - share) / (1 - share)).clamp(min=0))
     return torch.where(u < share, excited, ionised)
 
-# %% ../../nbs/cres/21_simulate.ipynb #c33d02ac
+# %% ../../nbs/cres/21_simulate.ipynb #c989465c
 def scatter(
     energy_eV: torch.Tensor,  # (n,) before the collision
     pitch_angle_deg: torch.Tensor,  # (n,) before the collision
@@ -313,7 +314,7 @@ def scatter(
     cosine = pitch.cos() * angle.cos() + pitch.sin() * angle.sin() * (2 * math.pi * azimuth).cos()
     return energy_eV - torch.where(elastic, 0.0, loss), torch.rad2deg(cosine.abs().clamp(max=1).acos())
 
-# %% ../../nbs/cres/21_simulate.ipynb #3ec9bf71
+# %% ../../nbs/cres/21_simulate.ipynb #ffffe15b
 def _check(ok: bool, expected: str, found, row: str) -> None:
     "Raise a `ConfigError` about the setting `row` unless `ok`."
     if not ok:
@@ -342,7 +343,7 @@ class TrapConfig:
                 "box": lambda: BoxTrap(self.field_T, self.flat_m, self.depth_T),
                 "map": lambda: FieldMapTrap(self.map)}[self.kind]()
 
-# %% ../../nbs/cres/21_simulate.ipynb #d59d1b02
+# %% ../../nbs/cres/21_simulate.ipynb #def72d77
 @dataclass
 class ElectronConfig:
     "Which electrons there are. Phases and azimuth are uniform, the density of radii is proportional to the radius."
@@ -379,7 +380,7 @@ class TrackConfig:
         _check(self.max_tracks == 1 or (self.max_tracks > 1 and self.mean_length_s is not None),
                "1, or more with mean_length_s", self.max_tracks, "tracks.max_tracks")
 
-# %% ../../nbs/cres/21_simulate.ipynb #0a0dd36e
+# %% ../../nbs/cres/21_simulate.ipynb #f08674fa
 @dataclass
 class ReceiverConfig:
     "What is recorded."
@@ -400,7 +401,7 @@ class ReceiverConfig:
         spectrum = None if self.noise_spectrum is None else read_noise_spectrum(self.noise_spectrum)
         return Noise(self.noise_sigma_V, spectrum, self.sampling_rate_Hz)
 
-# %% ../../nbs/cres/21_simulate.ipynb #612cd764
+# %% ../../nbs/cres/21_simulate.ipynb #32aada91
 @dataclass
 class SimulateConfig:
     "A simulated set of events."
@@ -422,7 +423,7 @@ class SimulateConfig:
         _check(self.tracks.start_high_s < duration, f"a start before the end of the record, {duration:g} s",
                self.tracks.start_high_s, "tracks.start_high_s")
 
-# %% ../../nbs/cres/21_simulate.ipynb #6b0018c5
+# %% ../../nbs/cres/21_simulate.ipynb #a1163a84
 DRAWN = ("energy_eV", "pitch_angle_deg", "radius_m", "radius_phase", "axial_phase", "cyclotron_phase", "start_time_s",
          "track_length_s")
 "What an electron is drawn from; angles called phase are in radians."
@@ -447,7 +448,7 @@ def read_table(
             raise DataError(f"{name} from {low:g} to {high:g}", f"{values[bad[0]]:g}", path, int(bad[0]))
     return columns
 
-# %% ../../nbs/cres/21_simulate.ipynb #d25d2f33
+# %% ../../nbs/cres/21_simulate.ipynb #7f378e0d
 def drift(
     trap,
     energy_eV: torch.Tensor,  # (n,)
@@ -467,7 +468,7 @@ def drift(
     return tuple(torch.where(stays, (after - before) * power_W / CHARGE, 0.0) for before, after in (
         (now.carrier_frequency_Hz, later.carrier_frequency_Hz), (now.axial_frequency_Hz, later.axial_frequency_Hz)))
 
-# %% ../../nbs/cres/21_simulate.ipynb #7f9e11a2
+# %% ../../nbs/cres/21_simulate.ipynb #23bee6a3
 _LONG_S = 100e-6  # records from which on each line has its own slope
 
 class Tracks(NamedTuple):
@@ -478,9 +479,12 @@ class Tracks(NamedTuple):
     comb: Comb  # of m rows
     slope_Hz_per_s: torch.Tensor  # (m,), or (m, K) where the lines differ
 
-# %% ../../nbs/cres/21_simulate.ipynb #d2cc9548
+# %% ../../nbs/cres/21_simulate.ipynb #f37c5a82
 class Simulator:
-    """Makes events of a `SimulateConfig` on a device. Event i depends on the seed and on i alone.
+    """Makes events of a `SimulateConfig` on a device.
+
+    Event i depends on the seed and on i alone: what is drawn is equal bit by bit however the events are batched, what
+    is computed from it is equal to rounding.
 
     Raises `ConfigError` or `DataError` if trap, table or noise spectrum cannot be used.
     """
@@ -511,7 +515,7 @@ class Simulator:
         new.__dict__.update(self.__dict__, seed=derive_seed(self.seed, *names))
         return new
 
-# %% ../../nbs/cres/21_simulate.ipynb #a6cc61ec
+# %% ../../nbs/cres/21_simulate.ipynb #5bd2f67d
 def _draw(self: Simulator, n: int, first: int = 0) -> dict[str, torch.Tensor]:
     "What events `first` to `first + n - 1` begin with: the columns `DRAWN`, each (n,) float64 on the device."
     short = next((len(v) for v in self.table.values() if len(v) < first + n), None)
@@ -538,7 +542,7 @@ def _draw(self: Simulator, n: int, first: int = 0) -> dict[str, torch.Tensor]:
 
 Simulator.draw = _draw
 
-# %% ../../nbs/cres/21_simulate.ipynb #287a787f
+# %% ../../nbs/cres/21_simulate.ipynb #962ee6b4
 def _track(self: Simulator, event: torch.Tensor, drawn: dict[str, torch.Tensor]) -> Tracks:
     "The tracks of electrons, ended where the record ends."
     names = ("energy_eV", "pitch_angle_deg", "radius_m", "axial_phase", "cyclotron_phase")
@@ -581,7 +585,7 @@ def _scattered(self: Simulator, old: Tracks, number: int, n: int, first: int) ->
 
 Simulator.track, Simulator.tracks, Simulator.scattered = _track, _tracks, _scattered
 
-# %% ../../nbs/cres/21_simulate.ipynb #2f62f79d
+# %% ../../nbs/cres/21_simulate.ipynb #65076363
 _AT_ONCE = 1024  # events whose combs are computed together
 
 def _signal(
@@ -631,7 +635,7 @@ def _whole_records(self: Simulator) -> bool:
 Simulator.signal, Simulator.add_lines, Simulator.slices = _signal, _add_lines, _slices
 Simulator.whole_records = _whole_records
 
-# %% ../../nbs/cres/21_simulate.ipynb #772742f7
+# %% ../../nbs/cres/21_simulate.ipynb #a0c74d51
 LABELS = ("energy_eV", "pitch_angle_deg", "start_carrier_frequency_Hz", "avg_carrier_frequency_Hz",
           "avg_axial_frequency_Hz", "slope_Hz", "radius_m", "radius_phase", "axial_phase", "cyclotron_phase",
           "start_time_s", "track_length_s")
@@ -658,7 +662,7 @@ def _labels(self: Simulator, tracks: list[Tracks], n: int) -> dict[str, torch.Te
 
 Simulator.labels = _labels
 
-# %% ../../nbs/cres/21_simulate.ipynb #39486033
+# %% ../../nbs/cres/21_simulate.ipynb #21ef11aa
 def _events(
     self: Simulator,
     n: int,
@@ -689,7 +693,7 @@ def simulate_events(
     "Simulate `n` events; those of a larger set with the same seed begin with the same ones."
     return Simulator(config, device=device, **options).events(n, first, noise)
 
-# %% ../../nbs/cres/21_simulate.ipynb #fa7c535c
+# %% ../../nbs/cres/21_simulate.ipynb #649689ee
 TEST_SETS = {
     "cca-8k": SimulateConfig(seed=8192, noise="added"),
     "cca-24k": SimulateConfig(seed=24_576, noise="added", receiver=ReceiverConfig(samples=24_576),
@@ -697,8 +701,8 @@ TEST_SETS = {
 }
 "Settings of the fixed test sets."
 CHECKSUMS = {
-    "cca-8k": "CHECKSUM_8K",
-    "cca-24k": "CHECKSUM_24K",
+    "cca-8k": "389903399eccca86cd8be5b82ef11ad70d016494e865bbd988813d8c613d370e",
+    "cca-24k": "ed5956436ab5df3ff27ab46cf0bd503ed2862e09304e3ae0dc55ede8dc78354e",
 }
 "`set_checksum` of the fixed test sets."
 _STEPS = {"eV": 1e-3, "deg": 1e-6, "Hz": 100.0, "m": 1e-9, "s": 1e-12, "phase": 1e-6, "snr": 1e-4}
@@ -710,7 +714,7 @@ def set_checksum(simulator: Simulator, n: int = 256) -> str:  # 64 hexadecimal d
     whole = [np.rint(v.cpu().numpy() / _STEPS[k.rsplit("_")[-1]]).astype(np.int64) for k, v in sorted(columns.items())]
     return checksum(*whole, random_bits(simulator.seed, "noise", 0, 1, simulator.config.receiver.samples))
 
-# %% ../../nbs/cres/21_simulate.ipynb #8d614a58
+# %% ../../nbs/cres/21_simulate.ipynb #869e20d6
 def test_set(
     name: Literal["cca-8k", "cca-24k"],
     n: int = 4096,  # number of events
@@ -729,7 +733,7 @@ def test_set(
 
 test_set.__test__ = False  # pytest: not a test
 
-# %% ../../nbs/cres/21_simulate.ipynb #4d09948b
+# %% ../../nbs/cres/21_simulate.ipynb #1206dbbb
 def simulate_store(
     config: SimulateConfig,
     path: str | os.PathLike,  # folder of the store to write
@@ -748,7 +752,7 @@ def simulate_store(
             writer.write(i, simulator.events(min(size, config.events - i * size), first=i * size))
     return writer.finish(shards)
 
-# %% ../../nbs/cres/21_simulate.ipynb #aadace0a
+# %% ../../nbs/cres/21_simulate.ipynb #3e31efbc
 class EventStream:
     "An iterable of batches (ts, targets): (n, 2, samples) float32 in V and (n, targets) float64, on the device."
 

@@ -49,8 +49,8 @@ FS, LO, SIGMA = 403e6, 25.9702e9, 0.0471
 PINNED_BITS = [7304651795658354200, 17270885979503866812, 13298336128316543787]
 PINNED_NOISE = [-0.138506874, 0.589994311]
 PINNED_SUMS = {  # V, of 8 events: clean and noisy
-    "cca-8k": (0.01672, -6.20089),
-    "cca-24k": (-0.02981, -1.77797),
+    "cca-8k": (0.03543, -6.18218),
+    "cca-24k": (0.01593, -1.73224),
 }
 
 
@@ -236,9 +236,9 @@ def test_pitch_law_has_the_closed_forms(trap, cdf):
 def test_pitch_law_is_isotropic_emission_in_the_trap():
     "Electrons born anywhere on the axis, in any direction: no formula used but the conserved magnetic moment."
     trap, rng, n = default_trap(), np.random.default_rng(0), 4_000_000
-    z = torch.from_numpy(rng.uniform(-0.0652, 0.0652, 2000))
-    ratio = (trap.field(torch.zeros_like(z), z) / trap.field(torch.zeros(1), torch.zeros(1))).numpy()
-    ratio = np.repeat(ratio, n // 2000)
+    z = np.linspace(-0.066, 0.066, 20_001)[1::2]  # middles of 10,000 equal steps
+    ratio = (trap.field(0.0, z) / trap.field(0.0, 0.0)).numpy()
+    ratio = np.repeat(np.where(np.abs(z) < np.abs(z[ratio.argmax()]), ratio, np.inf), n // 10_000)
     cosine = rng.uniform(0, 0.05, n)  # of the local pitch angle; electrons beyond are not trapped
     keep = rng.random(n) < ratio.min() / ratio  # tube of field lines: its cross section is 1/B
     sine0 = (1 - cosine**2) / ratio  # squared
@@ -246,7 +246,7 @@ def test_pitch_law_is_isotropic_emission_in_the_trap():
     pitch = pitch[pitch > 88.0]
     law = PitchLaw(trap, 88.0)
     assert len(pitch) > 100_000
-    assert kolmogorov(pitch, lambda x: np.interp(x, law.pitch_deg, law.cdf[0])) < 2.5  # 2000 positions only
+    assert kolmogorov(pitch, lambda x: np.interp(x, law.pitch_deg, law.cdf[0])) < 1.95
 
 
 def test_pitch_law_is_that_of_the_published_simulations():
@@ -317,22 +317,24 @@ def test_gas_turns_the_electrons():
 # --- tracks ---
 
 
-@pytest.mark.parametrize("trap, factor", [
-    (HarmonicTrap(0.959, 0.2), lambda cosine: 1 + cosine**2 / 2),  # f_a is proportional to v sin(theta)
-    (BoxTrap(0.959, 0.1, 5e-3), lambda cosine: cosine**2),  # f_a is proportional to v cos(theta)
+@pytest.mark.parametrize("trap, axial_law, field_law", [
+    # f_a is proportional to v sin(theta), the mean field to 1 + cot(theta)^2 / 2, the mean of cos^2 is half of it
+    (HarmonicTrap(0.959, 0.2), lambda c: 1 + c**2 / 2, lambda c: -(c**2) / 2 / (1 - c**2 / 2)),
+    # f_a is proportional to v cos(theta), the mean field is constant
+    (BoxTrap(0.959, 0.1, 5e-3), lambda c: c**2, lambda c: 0 * c),
 ])
-def test_drift_has_the_closed_forms(trap, factor):
+def test_drift_has_the_closed_forms(trap, axial_law, field_law):
     pitch, e = double([89.5, 88.0, 86.5]), torch.full((3,), 18.6e3, dtype=torch.float64)
     power = torch.full_like(e, 1.1e-15)
     carrier, axial = drift(trap, e, pitch, torch.zeros_like(e), power)
-    total = e + ELECTRON_MASS_EV
-    momentum = -power / 1.602176634e-19 * total / (e * (e + 2 * ELECTRON_MASS_EV))  # d ln p / dt
+    rate, total = power / 1.602176634e-19, e + ELECTRON_MASS_EV  # eV/s and eV
+    speed = -rate * total / (e * (e + 2 * ELECTRON_MASS_EV)) * (ELECTRON_MASS_EV / total) ** 2  # d ln v / dt
     motion = axial_motion(trap, e, pitch, torch.zeros_like(e))
     cosine = torch.deg2rad(pitch).cos()
-    want = motion.axial_frequency_Hz * (ELECTRON_MASS_EV / total) ** 2 * momentum * factor(cosine)
-    assert torch.allclose(axial, want, rtol=1e-3)
-    heavier = motion.carrier_frequency_Hz * power / 1.602176634e-19 / total
-    assert ((carrier / heavier - 1).abs() < 5e-3).all() and (carrier >= heavier * (1 - 1e-6)).all()
+    second_order = 1e-4 * speed.abs().max()  # of the loss of 1 eV
+    assert (axial / motion.axial_frequency_Hz - speed * axial_law(cosine)).abs().max() < second_order
+    want = rate / total + speed * field_law(cosine)
+    assert (carrier / motion.carrier_frequency_Hz / want - 1).abs().max() < 1e-3
 
 
 def test_events_do_not_depend_on_the_batch(simulator):
@@ -451,7 +453,7 @@ def test_times_of_a_table_are_used():
     table = {"start_time_s": [2e-6], "track_length_s": [1e-6]}
     events = simulate_events(1, SimulateConfig(receiver=ReceiverConfig(samples=2048)), table=table, device="cpu")
     on = np.flatnonzero(events.ts[0].any(0)) / FS
-    assert on[0] == pytest.approx(2e-6, abs=1 / FS) and on[-1] == pytest.approx(3e-6, abs=1 / FS)
+    assert on[0] == pytest.approx(2e-6, abs=1 / FS) and on[-1] == pytest.approx(3e-6, abs=1.01 / FS)
 
 
 @pytest.mark.parametrize("table, row", [
@@ -513,7 +515,7 @@ def test_settings_are_read_from_the_command_line():
     parser.add_class_arguments(SimulateConfig)
     args = parser.parse_args(["--events=7", "--electrons.energy=triangular", "--receiver.samples=512",
                               "--cavity.length_m=0.2", "--tracks.mean_length_s=1e-4", "--trap.kind=harmonic"])
-    config = parser.instantiate_classes(args)
+    config = getattr(parser, "instantiate", parser.instantiate_classes)(args)
     assert config.events == 7 and config.receiver.samples == 512 and config.cavity.length_m == 0.2
     assert config.tracks.mean_length_s == 1e-4 and config.trap.kind == "harmonic"
 
@@ -523,6 +525,16 @@ def test_other_traps_can_be_chosen(kind):
     config = SimulateConfig(trap=TrapConfig(kind), receiver=ReceiverConfig(samples=256))
     events = simulate_events(20, config, device="cpu")
     assert np.isfinite(events.ts).all() and events.ts.any((1, 2)).all()
+
+
+def test_a_field_map_can_be_chosen(tmp_path):
+    r, z = np.linspace(0, 8e-3, 9), np.linspace(0, 0.08, 161)
+    field = default_trap().field(r[:, None], z).numpy()
+    np.savez(tmp_path / "map.npz", r_m=r, z_m=z, field_T=field)
+    made = [simulate_events(20, SimulateConfig(trap=trap, receiver=ReceiverConfig(samples=256)), device="cpu")
+            for trap in (TrapConfig(), TrapConfig("map", map=str(tmp_path / "map.npz")))]
+    f = [x.columns["start_carrier_frequency_Hz"] for x in made]
+    assert np.abs(f[1] - f[0]).max() < 2e3
 
 
 @pytest.mark.parametrize("power, low, high", [("larmor", 3.2e8, 3.4e8), ("purcell", 1e6, 4e9), ("locust", 3e8, 1.4e9)])

@@ -9,7 +9,7 @@ __all__ = ['INELASTIC_M2', 'ELASTIC_M2', 'DRAWN', 'LABELS', 'TEST_SETS', 'CHECKS
            'SimulateConfig', 'read_table', 'drift', 'Tracks', 'Simulator', 'simulate_events', 'set_checksum',
            'test_set', 'simulate_store', 'EventStream']
 
-# %% ../../nbs/cres/21_simulate.ipynb #fb5c7972
+# %% ../../nbs/cres/21_simulate.ipynb #0b43e01d
 import csv
 import math
 import os
@@ -38,14 +38,16 @@ from deadlayer_cres.cres.trap import (
     BoxTrap,
     Cavity,
     Comb,
-    FieldMapTrap,
     HarmonicTrap,
     axial_motion,
     comb,
     default_trap,
+    orbit,
+    pitch_weight,
+    read_field_map,
 )
 
-# %% ../../nbs/cres/21_simulate.ipynb #71bdf1c9
+# %% ../../nbs/cres/21_simulate.ipynb #0aac6e4e
 def _cos_sin(cycles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Cosine and sine of a phase in cycles (float64), in single precision."
     x = (2 * math.pi * (cycles - cycles.round())).float()
@@ -88,7 +90,7 @@ def waveforms(
     on = on if stop_s is None else on & (t < stop_s[:, None])
     return z * on[:, None]
 
-# %% ../../nbs/cres/21_simulate.ipynb #2c0145cf
+# %% ../../nbs/cres/21_simulate.ipynb #18277dc2
 def noise_sigma_V(
     power_W_per_Hz: float,  # one-sided density of the noise power
     sampling_rate_Hz: float = SAMPLING_RATE_HZ,
@@ -97,7 +99,7 @@ def noise_sigma_V(
     "Standard deviation of white noise of a given power density, as Locust defines it."
     return math.sqrt(impedance_ohm * power_W_per_Hz * sampling_rate_Hz / 2)
 
-# %% ../../nbs/cres/21_simulate.ipynb #cd873cf4
+# %% ../../nbs/cres/21_simulate.ipynb #2780b454
 def random_bits(
     seed: int,
     name: str,  # what the stream is for
@@ -123,7 +125,7 @@ def white_noise(
     radius, angle = u.log_().mul_(-2).sqrt_(), v.mul_(2 * math.pi)
     return torch.stack([radius * angle.cos(), radius * angle.sin()], 1)
 
-# %% ../../nbs/cres/21_simulate.ipynb #5e107b27
+# %% ../../nbs/cres/21_simulate.ipynb #84fb8c04
 def read_noise_spectrum(
     path: str | os.PathLike,  # CSV with a header and the columns frequency_Hz and density_V2_per_Hz
 ) -> tuple[np.ndarray, np.ndarray]:  # (m,) f - f_LO in Hz; (m,) density per quadrature in V^2/Hz
@@ -150,7 +152,7 @@ def _read_columns(path) -> dict[str, np.ndarray]:
     names, values = [name.strip() for name in rows[0]], np.empty((len(rows) - 1, len(rows[0])))
     for i, row in enumerate(rows[1:]):
         try:
-            values[i] = [float(x) for x in row]
+            values[i] = np.array(row, float).reshape(len(names))
         except ValueError as e:
             raise DataError(f"{len(names)} numbers", ",".join(row), path, i) from e
     bad = np.flatnonzero(~np.isfinite(values).all(1))
@@ -158,7 +160,7 @@ def _read_columns(path) -> dict[str, np.ndarray]:
         raise DataError("finite numbers", ",".join(rows[1 + bad[0]]), path, int(bad[0]))
     return dict(zip(names, values.T, strict=True))
 
-# %% ../../nbs/cres/21_simulate.ipynb #05f9a1de
+# %% ../../nbs/cres/21_simulate.ipynb #9e40ba59
 class Noise:
     """Noise of a receiver, white of a given standard deviation or of a given spectrum.
 
@@ -200,7 +202,7 @@ class Noise:
         "Noise (n, 2, samples) in V from `generator`, on its device."
         return self.shape(torch.randn(n, 2, samples, generator=generator, device=generator.device))
 
-# %% ../../nbs/cres/21_simulate.ipynb #b86412a3
+# %% ../../nbs/cres/21_simulate.ipynb #a0d5fa58
 def uniforms(
     seed: int,
     name: str,  # what the numbers are for
@@ -209,9 +211,9 @@ def uniforms(
     width: int,  # numbers per event
 ) -> torch.Tensor:  # (n, width) float64 between 0 and 1, never one of them
     "Uniform numbers that depend on `seed`, `name` and the index of the event alone."
-    return torch.from_numpy(((random_bits(seed, name, first, n, width) >> np.uint64(11)) + 0.5) * 2.0**-53)
+    return torch.from_numpy(((random_bits(seed, name, first, n, width) >> np.uint64(12)) + 0.5) * 2.0**-52)
 
-# %% ../../nbs/cres/21_simulate.ipynb #46feb435
+# %% ../../nbs/cres/21_simulate.ipynb #401079c0
 class PitchLaw:
     """Distribution of the pitch angle, at the trap's centre, of electrons born evenly and isotropically in a trap.
 
@@ -232,9 +234,7 @@ class PitchLaw:
         self.pitch_deg = low_deg + (high_deg - low_deg) * part
         r = torch.linspace(0, self.radius_max_m, radii, dtype=torch.float64)
         angle, radius = self.pitch_deg.repeat(radii), r.repeat_interleave(angles)
-        motion = axial_motion(trap, torch.full_like(angle, 18.6e3), angle, radius)
-        weight = torch.deg2rad(2 * angle).sin() / motion.axial_frequency_Hz
-        weight = torch.where(motion.trapped & (angle < 90), weight, 0.0).view(radii, angles)
+        weight = pitch_weight(trap, torch.full_like(angle, 18.6e3), angle, radius).view(radii, angles)
         cdf = torch.cumulative_trapezoid(weight, self.pitch_deg, dim=1)
         if not (cdf[:, -1] > 0).all():
             raise ConfigError("pitch angles that the trap holds", f"{low_deg:g} to {high_deg:g} degrees", row="pitch",
@@ -261,7 +261,7 @@ def _inverse(cdf: torch.Tensor, x: torch.Tensor, u: torch.Tensor) -> torch.Tenso
     part = (u - low) / (high - low).clamp(min=1e-300)
     return x[i - 1] + (x[i] - x[i - 1]) * part.clamp(0, 1)
 
-# %% ../../nbs/cres/21_simulate.ipynb #473df19c
+# %% ../../nbs/cres/21_simulate.ipynb #ae7d87da
 INELASTIC_M2, ELASTIC_M2 = 3.40e-22, 0.29e-22
 "Cross sections of H2 and T2 for electrons of 18.6 keV in m^2 (Aseev et al. 2000; KATRIN design report 2004)."
 
@@ -274,7 +274,7 @@ def mean_track_length_s(
     speed = LIGHT * math.sqrt(1 - gamma**-2)
     return 1 / (density_per_m3 * (INELASTIC_M2 + ELASTIC_M2) * speed)
 
-# %% ../../nbs/cres/21_simulate.ipynb #e0dccd26
+# %% ../../nbs/cres/21_simulate.ipynb #cdc0e5c7
 _LOSS = {"A1": 0.204, "w1": 1.85, "e1": 12.6, "A2": 0.0556, "w2": 12.5, "e2": 14.30, "ec": 14.09}  # 1/eV, eV
 
 def energy_loss_eV(
@@ -294,7 +294,7 @@ def energy_loss_eV(
     ionised = p["e2"] + p["w2"] / 2 * torch.tan(start + (end - start) * ((u - share) / (1 - share)).clamp(min=0))
     return torch.where(u < share, excited, ionised)
 
-# %% ../../nbs/cres/21_simulate.ipynb #c989465c
+# %% ../../nbs/cres/21_simulate.ipynb #b50fb9b8
 def scatter(
     energy_eV: torch.Tensor,  # (n,) before the collision
     pitch_angle_deg: torch.Tensor,  # (n,) before the collision
@@ -314,7 +314,7 @@ def scatter(
     cosine = pitch.cos() * angle.cos() + pitch.sin() * angle.sin() * (2 * math.pi * azimuth).cos()
     return energy_eV - torch.where(elastic, 0.0, loss), torch.rad2deg(cosine.abs().clamp(max=1).acos())
 
-# %% ../../nbs/cres/21_simulate.ipynb #ffffe15b
+# %% ../../nbs/cres/21_simulate.ipynb #38f40251
 def _check(ok: bool, expected: str, found, row: str) -> None:
     "Raise a `ConfigError` about the setting `row` unless `ok`."
     if not ok:
@@ -341,9 +341,9 @@ class TrapConfig:
         return {"default": default_trap, "harmonic": lambda: HarmonicTrap(self.field_T, self.length_m),
                 "bathtub": lambda: BathtubTrap(self.field_T, self.length_m, self.flat_m),
                 "box": lambda: BoxTrap(self.field_T, self.flat_m, self.depth_T),
-                "map": lambda: FieldMapTrap(self.map)}[self.kind]()
+                "map": lambda: read_field_map(self.map)}[self.kind]()
 
-# %% ../../nbs/cres/21_simulate.ipynb #def72d77
+# %% ../../nbs/cres/21_simulate.ipynb #962b790c
 @dataclass
 class ElectronConfig:
     "Which electrons there are. Phases and azimuth are uniform, the density of radii is proportional to the radius."
@@ -380,7 +380,7 @@ class TrackConfig:
         _check(self.max_tracks == 1 or (self.max_tracks > 1 and self.mean_length_s is not None),
                "1, or more with mean_length_s", self.max_tracks, "tracks.max_tracks")
 
-# %% ../../nbs/cres/21_simulate.ipynb #f08674fa
+# %% ../../nbs/cres/21_simulate.ipynb #056516c1
 @dataclass
 class ReceiverConfig:
     "What is recorded."
@@ -401,7 +401,7 @@ class ReceiverConfig:
         spectrum = None if self.noise_spectrum is None else read_noise_spectrum(self.noise_spectrum)
         return Noise(self.noise_sigma_V, spectrum, self.sampling_rate_Hz)
 
-# %% ../../nbs/cres/21_simulate.ipynb #32aada91
+# %% ../../nbs/cres/21_simulate.ipynb #475e6497
 @dataclass
 class SimulateConfig:
     "A simulated set of events."
@@ -423,7 +423,7 @@ class SimulateConfig:
         _check(self.tracks.start_high_s < duration, f"a start before the end of the record, {duration:g} s",
                self.tracks.start_high_s, "tracks.start_high_s")
 
-# %% ../../nbs/cres/21_simulate.ipynb #a1163a84
+# %% ../../nbs/cres/21_simulate.ipynb #7701643c
 DRAWN = ("energy_eV", "pitch_angle_deg", "radius_m", "radius_phase", "axial_phase", "cyclotron_phase", "start_time_s",
          "track_length_s")
 "What an electron is drawn from; angles called phase are in radians."
@@ -448,7 +448,7 @@ def read_table(
             raise DataError(f"{name} from {low:g} to {high:g}", f"{values[bad[0]]:g}", path, int(bad[0]))
     return columns
 
-# %% ../../nbs/cres/21_simulate.ipynb #7f378e0d
+# %% ../../nbs/cres/21_simulate.ipynb #37ffe75a
 def drift(
     trap,
     energy_eV: torch.Tensor,  # (n,)
@@ -457,18 +457,17 @@ def drift(
     power_W: torch.Tensor,  # (n,) radiated
 ) -> tuple[torch.Tensor, torch.Tensor]:  # (n,) slope of the carrier and (n,) of the axial frequency, in Hz/s
     "How fast mean carrier and axial frequency change as the electron radiates; 0 where it would leave the trap."
-    now = axial_motion(trap, energy_eV, pitch_angle_deg, radius_m)
+    path = orbit(trap, energy_eV, pitch_angle_deg, radius_m)
     total = energy_eV + ELECTRON_MASS_EV
-    momentum_squared = energy_eV * (energy_eV + 2 * ELECTRON_MASS_EV)
-    pitch = torch.deg2rad(pitch_angle_deg)
-    cosine_squared = 1 - pitch.sin() ** 2 * now.mean_field_T / trap.field(radius_m, torch.zeros_like(radius_m))
-    turn = pitch.tan() * (ELECTRON_MASS_EV / total) ** 2 * cosine_squared.clamp(min=0) * total / momentum_squared
-    later = axial_motion(trap, energy_eV - 1, pitch_angle_deg - torch.rad2deg(turn), radius_m)
+    log_momentum = total / (energy_eV * (energy_eV + 2 * ELECTRON_MASS_EV))  # lost per eV
+    cosine_squared = (path.weight * (1 - path.sine**2)).sum(1)
+    turn = torch.deg2rad(pitch_angle_deg).tan() * (ELECTRON_MASS_EV / total) ** 2 * cosine_squared * log_momentum
+    now, later = path.motion, axial_motion(trap, energy_eV - 1, pitch_angle_deg - torch.rad2deg(turn), radius_m)
     stays = now.trapped & later.trapped
     return tuple(torch.where(stays, (after - before) * power_W / CHARGE, 0.0) for before, after in (
         (now.carrier_frequency_Hz, later.carrier_frequency_Hz), (now.axial_frequency_Hz, later.axial_frequency_Hz)))
 
-# %% ../../nbs/cres/21_simulate.ipynb #23bee6a3
+# %% ../../nbs/cres/21_simulate.ipynb #a621148b
 _LONG_S = 100e-6  # records from which on each line has its own slope
 
 class Tracks(NamedTuple):
@@ -479,7 +478,7 @@ class Tracks(NamedTuple):
     comb: Comb  # of m rows
     slope_Hz_per_s: torch.Tensor  # (m,), or (m, K) where the lines differ
 
-# %% ../../nbs/cres/21_simulate.ipynb #f37c5a82
+# %% ../../nbs/cres/21_simulate.ipynb #9b80c2df
 class Simulator:
     """Makes events of a `SimulateConfig` on a device.
 
@@ -515,7 +514,7 @@ class Simulator:
         new.__dict__.update(self.__dict__, seed=derive_seed(self.seed, *names))
         return new
 
-# %% ../../nbs/cres/21_simulate.ipynb #5bd2f67d
+# %% ../../nbs/cres/21_simulate.ipynb #bb7dc4b7
 def _draw(self: Simulator, n: int, first: int = 0) -> dict[str, torch.Tensor]:
     "What events `first` to `first + n - 1` begin with: the columns `DRAWN`, each (n,) float64 on the device."
     short = next((len(v) for v in self.table.values() if len(v) < first + n), None)
@@ -542,7 +541,7 @@ def _draw(self: Simulator, n: int, first: int = 0) -> dict[str, torch.Tensor]:
 
 Simulator.draw = _draw
 
-# %% ../../nbs/cres/21_simulate.ipynb #962ee6b4
+# %% ../../nbs/cres/21_simulate.ipynb #2a99f3e5
 def _track(self: Simulator, event: torch.Tensor, drawn: dict[str, torch.Tensor]) -> Tracks:
     "The tracks of electrons, ended where the record ends."
     names = ("energy_eV", "pitch_angle_deg", "radius_m", "axial_phase", "cyclotron_phase")
@@ -585,7 +584,7 @@ def _scattered(self: Simulator, old: Tracks, number: int, n: int, first: int) ->
 
 Simulator.track, Simulator.tracks, Simulator.scattered = _track, _tracks, _scattered
 
-# %% ../../nbs/cres/21_simulate.ipynb #65076363
+# %% ../../nbs/cres/21_simulate.ipynb #5c15dd6c
 _AT_ONCE = 1024  # events whose combs are computed together
 
 def _signal(
@@ -635,7 +634,7 @@ def _whole_records(self: Simulator) -> bool:
 Simulator.signal, Simulator.add_lines, Simulator.slices = _signal, _add_lines, _slices
 Simulator.whole_records = _whole_records
 
-# %% ../../nbs/cres/21_simulate.ipynb #a0c74d51
+# %% ../../nbs/cres/21_simulate.ipynb #cf525e61
 LABELS = ("energy_eV", "pitch_angle_deg", "start_carrier_frequency_Hz", "avg_carrier_frequency_Hz",
           "avg_axial_frequency_Hz", "slope_Hz", "radius_m", "radius_phase", "axial_phase", "cyclotron_phase",
           "start_time_s", "track_length_s")
@@ -662,7 +661,7 @@ def _labels(self: Simulator, tracks: list[Tracks], n: int) -> dict[str, torch.Te
 
 Simulator.labels = _labels
 
-# %% ../../nbs/cres/21_simulate.ipynb #21ef11aa
+# %% ../../nbs/cres/21_simulate.ipynb #ce352497
 def _events(
     self: Simulator,
     n: int,
@@ -693,7 +692,7 @@ def simulate_events(
     "Simulate `n` events; those of a larger set with the same seed begin with the same ones."
     return Simulator(config, device=device, **options).events(n, first, noise)
 
-# %% ../../nbs/cres/21_simulate.ipynb #649689ee
+# %% ../../nbs/cres/21_simulate.ipynb #aeaf47e7
 TEST_SETS = {
     "cca-8k": SimulateConfig(seed=8192, noise="added"),
     "cca-24k": SimulateConfig(seed=24_576, noise="added", receiver=ReceiverConfig(samples=24_576),
@@ -701,8 +700,8 @@ TEST_SETS = {
 }
 "Settings of the fixed test sets."
 CHECKSUMS = {
-    "cca-8k": "389903399eccca86cd8be5b82ef11ad70d016494e865bbd988813d8c613d370e",
-    "cca-24k": "ed5956436ab5df3ff27ab46cf0bd503ed2862e09304e3ae0dc55ede8dc78354e",
+    "cca-8k": "7ab5fab858257efd52579e0a73f2b1e1425ac079c5cb98ee716c1d7e56c94053",
+    "cca-24k": "3417da233e814622a9c716115622df2294a76d7e962075fe0aa0e71440b6fd85",
 }
 "`set_checksum` of the fixed test sets."
 _STEPS = {"eV": 1e-3, "deg": 1e-6, "Hz": 100.0, "m": 1e-9, "s": 1e-12, "phase": 1e-6, "snr": 1e-4}
@@ -714,7 +713,7 @@ def set_checksum(simulator: Simulator, n: int = 256) -> str:  # 64 hexadecimal d
     whole = [np.rint(v.cpu().numpy() / _STEPS[k.rsplit("_")[-1]]).astype(np.int64) for k, v in sorted(columns.items())]
     return checksum(*whole, random_bits(simulator.seed, "noise", 0, 1, simulator.config.receiver.samples))
 
-# %% ../../nbs/cres/21_simulate.ipynb #869e20d6
+# %% ../../nbs/cres/21_simulate.ipynb #dba0f1b8
 def test_set(
     name: Literal["cca-8k", "cca-24k"],
     n: int = 4096,  # number of events
@@ -733,7 +732,7 @@ def test_set(
 
 test_set.__test__ = False  # pytest: not a test
 
-# %% ../../nbs/cres/21_simulate.ipynb #1206dbbb
+# %% ../../nbs/cres/21_simulate.ipynb #a833b161
 def simulate_store(
     config: SimulateConfig,
     path: str | os.PathLike,  # folder of the store to write
@@ -752,7 +751,7 @@ def simulate_store(
             writer.write(i, simulator.events(min(size, config.events - i * size), first=i * size))
     return writer.finish(shards)
 
-# %% ../../nbs/cres/21_simulate.ipynb #3e31efbc
+# %% ../../nbs/cres/21_simulate.ipynb #8eec54bc
 class EventStream:
     "An iterable of batches (ts, targets): (n, 2, samples) float32 in V and (n, targets) float64, on the device."
 

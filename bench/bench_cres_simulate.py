@@ -2,12 +2,12 @@
 
     python bench/bench_cres_simulate.py
 
-For records of 8,192, 24,576 and 163,840 samples, each in a process of its own: events per second with and without noise,
-all included (random parameters, axial motion, comb, waveform, noise, labels); the time of each stage; the peak memory. The
-settings are those of the test sets, with the seeded noise that can be made again event by event. The clock is read
-several times in turns; rates are given by the clock and, less troubled by what else the machine does, by the processor
-time. The accuracy is the largest difference between the single-precision waveform and the same lines summed sample by
-sample in double precision, in units of the noise.
+For records of 8,192, 24,576 and 163,840 samples, each in a process of its own: events per second with and without
+noise, all included (random parameters, axial motion, comb, waveform, noise, labels); the time of each stage; the peak
+memory. The settings are those of the test sets, with the seeded noise that can be made again event by event. The clock
+is read several times in turns; rates are given by the clock and, less troubled by what else the machine does, by the
+processor time. The accuracy is the largest difference between the single-precision waveform and the same lines summed
+sample by sample in double precision, in units of the noise.
 
 On CUDA, where present, the same is measured on the GPU. About two minutes on two cores.
 """
@@ -65,7 +65,7 @@ def largest_error(simulator, n: int) -> float:
     for i in range(n):
         f = tracks.comb.frequency_Hz[i] - r.lo_frequency_Hz
         cycles = f[:, None] * t + tracks.slope_Hz_per_s[i].reshape(-1, 1) * t**2 / 2
-        z = (r.amplitude_V * tracks.comb.amplitude[i, :, None] * torch.exp(2j * math.pi * (cycles - cycles.round()))).sum(0)
+        z = r.amplitude_V * tracks.comb.amplitude[i] @ torch.exp(2j * math.pi * (cycles - cycles.round()))
         worst = max(worst, float((torch.complex(*ts[i].double()) - z).abs().max()))
     return worst / simulator.noise.sigma_V
 
@@ -166,8 +166,9 @@ def main() -> None:
             if run.returncode:
                 sys.exit(f"{device}, {samples} samples: {run.stderr.strip().splitlines()[-1]}")
             row = report[device][str(samples)] = json.loads(run.stdout.splitlines()[-1])
-            print(f"{device} {samples:7d} samples: {row['noisy']['events_per_second']['median']:g} events/s with noise, "
-                  f"{row['clean']['events_per_second']['median']:g} without, error {row['error_sigma']:g} sigma, "
+            noisy, clean = (row[k]["events_per_second"]["median"] for k in ("noisy", "clean"))
+            print(f"{device} {samples:7d} samples: {noisy:g} events/s with noise, {clean:g} without, "
+                  f"error {row['error_sigma']:g} sigma, "
                   f"peak {row['peak_MB']} MB; us per event: {row['microseconds_per_event']}", flush=True)
     write_json(options.out, report)
 

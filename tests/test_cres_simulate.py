@@ -1,6 +1,7 @@
 """The simulation against direct formulas, the laws it draws from, and itself: any batch, any order, after any kill."""
 
 import math
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -606,8 +607,9 @@ def test_store_is_not_overwritten_nor_mixed(tmp_path, monkeypatch):
     monkeypatch.setattr(Simulator, "events", lambda *args, **kwargs: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         simulate_store(STORE, tmp_path / "other", device="cpu")
-    with pytest.raises(DataError, match="same job"):
-        simulate_store(SimulateConfig(events=25, events_per_shard=10, seed=5), tmp_path / "other", device="cpu")
+    for changed in ({"config": replace(STORE, seed=5)}, {"trap": HarmonicTrap()}, {"table": {"radius_m": [1e-3] * 25}}):
+        with pytest.raises(DataError, match="same job"):
+            simulate_store(**{"config": STORE, "path": tmp_path / "other", "device": "cpu"} | changed)
 
 
 def test_streams_are_fresh_or_fixed(simulator):

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN', 'VERBS', 'add_simulate', 'simulate', 'fixed_set', 'folder_size', 'add_prepare', 'prepare', 'counted', 'cres']
 
-# %% ../nbs/91_cli_cres.ipynb #cfdeeb5d
+# %% ../nbs/91_cli_cres.ipynb #7a36d2e0
 import time
 from dataclasses import replace
 from pathlib import Path
@@ -15,7 +15,7 @@ from jsonargparse import ActionConfigFile, Namespace
 from .cli import Parser, check_target, config_from_args, describe, print_pairs, run_program
 from .core import ConfigError, DataError
 
-# %% ../nbs/91_cli_cres.ipynb #72fb6c9b
+# %% ../nbs/91_cli_cres.ipynb #93889cb3
 def add_simulate(p: Parser) -> None:
     from deadlayer_cres.cres.simulate import TEST_SETS, SimulateConfig
 
@@ -45,7 +45,7 @@ def simulate(args: Namespace) -> None:
         "shards": len(index["shards"]), "columns": ", ".join(index["columns"]),
         "written": f"{folder_size(args.out) / 1e6:,.1f} MB in {seconds:.1f} s"})
 
-# %% ../nbs/91_cli_cres.ipynb #a112cd3c
+# %% ../nbs/91_cli_cres.ipynb #a567f230
 def fixed_set(name: str, config):
     "The settings of a test set with the number of events of `config`; a `ConfigError` if other settings were changed."
     from deadlayer_cres.cres.simulate import TEST_SETS, SimulateConfig, test_set
@@ -62,7 +62,7 @@ def folder_size(path: str) -> int:
     "Bytes of the files in a folder."
     return sum(p.stat().st_size for p in Path(path).iterdir())
 
-# %% ../nbs/91_cli_cres.ipynb #eaa75adb
+# %% ../nbs/91_cli_cres.ipynb #ba7558cb
 def add_prepare(p: Parser) -> None:
     from deadlayer_cres.cres.data import PrepareConfig
 
@@ -100,7 +100,7 @@ def counted(file) -> str:
     dropped = "".join(f", {n} {reason}" for reason, n in file.dropped.items())
     return f"{file.read} read, {file.kept} kept{dropped}"
 
-# %% ../nbs/91_cli_cres.ipynb #03824c7b
+# %% ../nbs/91_cli_cres.ipynb #6474d9ba
 VERBS = {
     "simulate": (simulate, add_simulate, "cres simulate --events 10000 --out events"),
     "prepare": (prepare, add_prepare, "cres prepare runs/*.egg --out events"),

@@ -189,6 +189,8 @@ def test_a_write_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
 
 def test_writer_resumes_its_own_job_only(tmp_path):
     a, b = make_events(3), make_events(5, seed=1)
+    (tmp_path / "s.part").mkdir()
+    (tmp_path / "s.part/.job.json.abc.part").write_text("killed while this was written")
     ShardWriter(tmp_path / "s", {"seed": 1}).write(0, a)
     (tmp_path / "s.part/.shard_00001.h5.abc.part").write_text("torn")
     fails("an unfinished one", EventStore, tmp_path / "s.part")
@@ -204,6 +206,9 @@ def test_writer_resumes_its_own_job_only(tmp_path):
     fails("not taken", ShardWriter, tmp_path / "s", {"seed": 1})
     ShardWriter(tmp_path / "s", {"seed": 3}, overwrite=True).write(0, b)
     assert same(read_store(tmp_path / "s"), concatenate([a, b]))  # until the new one is finished
+    (tmp_path / "t.part").mkdir()
+    (tmp_path / "t.part/notes.txt").write_text("x")
+    fails("a folder of something else", ShardWriter, tmp_path / "t", {}, True)
     fails("a folder for the shards", ShardWriter, tmp_path / "s.h5", {}, error=ConfigError)
 
 

@@ -112,10 +112,11 @@ class Ours:
     def __init__(self, options):
         import yaml
 
-        from deadlayer_cres.deadlayer.train import config_from_dict
+        from deadlayer_cres.core import config_from_dict
+        from deadlayer_cres.deadlayer.train import Config
 
         def read(name):
-            return config_from_dict(yaml.safe_load((ROOT / "configs" / name).read_text()))
+            return config_from_dict(Config, yaml.safe_load((ROOT / "configs" / name).read_text()))
 
         self.config, self.published_config = read("deadlayer.yaml"), read("deadlayer-published.yaml")
         self.published_config.pairs.noise = self.config.pairs.noise

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['DEMO_MEASUREMENT', 'VERBS', 'Parser', 'fail', 'guarded', 'about', 'check_target', 'add_simulate', 'simulate',
-           'random_labels', 'add_prepare', 'prepare', 'print_pairs', 'add_train', 'train', 'describe', 'add_evaluate',
-           'evaluate', 'run_parts', 'add_infer', 'infer', 'answer', 'add_compare', 'compare', 'add_demo', 'demo_config',
-           'demo', 'demo_spectra', 'demo_rows', 'deadlayer']
+           'random_labels', 'add_prepare', 'prepare', 'print_pairs', 'add_train', 'train', 'config_from_args',
+           'describe', 'add_evaluate', 'evaluate', 'run_parts', 'add_infer', 'infer', 'answer', 'add_compare',
+           'compare', 'add_demo', 'demo_config', 'demo', 'demo_spectra', 'demo_rows', 'run_program', 'deadlayer']
 
 # %% ../nbs/90_cli.ipynb #52fa5860
 import os
@@ -14,14 +14,23 @@ import sys
 import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import NoReturn
 
 from fastcore.docments import docments
 from jsonargparse import ActionConfigFile, ArgumentParser, Namespace
 
-from .core import ConfigError, DataError, InputError, NotFittedError, numpy_rng, to_plain, write_json
+from deadlayer_cres.core import (
+    ConfigError,
+    DataError,
+    InputError,
+    NotFittedError,
+    config_from_dict,
+    numpy_rng,
+    to_plain,
+    write_json,
+)
 
 # %% ../nbs/90_cli.ipynb #a5397b35
 class Parser(ArgumentParser):
@@ -162,19 +171,20 @@ def add_train(p: Parser) -> None:
 
 def train(args: Namespace) -> None:
     "Train a network and leave everything in a run folder."
-    from deadlayer_cres.deadlayer.train import config_from_dict
+    from deadlayer_cres.deadlayer.train import Config
     from deadlayer_cres.deadlayer.train import train as fit_network
 
     if not args.run:
         raise ConfigError("a run folder", "none", row="--run", remedy="for example --run runs/first")
-    own = {"config", "run", "resume", "overwrite", "verb"}
-    config = config_from_dict({k: to_plain(_plain(v)) for k, v in args.as_dict().items() if k not in own})
+    config = config_from_args(Config, args)
     run = fit_network(config, args.run, resume=args.resume, overwrite=args.overwrite)
     best = min(run.history, key=lambda row: row["valid_loss"])
     print_pairs(f"Trained {run.path}", {k: v if k == "epoch" else f"{v:.4g}" for k, v in best.items()})
 
-def _plain(value):
-    return value.as_dict() if isinstance(value, Namespace) else value
+def config_from_args(cls: type, args: Namespace):
+    "The dataclass `cls` of the options of that name among `args`."
+    names = {f.name for f in fields(cls)}
+    return config_from_dict(cls, {k: to_plain(v) for k, v in args.as_dict().items() if k in names})
 
 def describe(parser: Parser, cls: type, prefix: str = "--") -> None:
     "Give the options of a nested dataclass the comments beside its fields as help."
@@ -384,30 +394,32 @@ VERBS = {
     "demo": (demo, add_demo, "deadlayer demo --out demo"),
 }
 
-def _verb_parser(name: str) -> Parser:
-    act, add, example = VERBS[name]
-    parser = Parser(prog=f"deadlayer {name}", description=f"{act.__doc__} Example: {example}")
-    add(parser)
-    return parser
-
-def _overview() -> str:
-    lines = [f"  {name:10s}{act.__doc__}" for name, (act, _, _) in VERBS.items()]
-    return "usage: deadlayer VERB [options]\n\nThe dead layer of a germanium detector from its Ba-133 spectrum.\n\n" + \
-        "\n".join(lines) + "\n\ndeadlayer VERB --help explains a verb, with an example."
-
 # %% ../nbs/90_cli.ipynb #021acf84
-def deadlayer(argv: list[str] | None = None) -> None:
-    "Entry point of the program `deadlayer`."
+def run_program(
+    program: str,  # its name
+    purpose: str,  # one sentence
+    verbs: dict,  # verb -> (function of the parsed options, function that adds them to a parser, example)
+    argv: list[str] | None = None,  # None: those of the shell
+) -> None:
+    "Do what `argv` says; what the user can mend ends in one line and exit code 2."
     argv = sys.argv[1:] if argv is None else list(argv)
     if not argv or argv[0] in ("-h", "--help"):
-        print(_overview())
+        lines = [f"  {name:10s}{act.__doc__}" for name, (act, _, _) in verbs.items()]
+        print("\n".join([f"usage: {program} VERB [options]", "", purpose, "", *lines, "",
+                         f"{program} VERB --help explains a verb, with an example."]))
         return
     if argv[0] == "--version":
         from deadlayer_cres import __version__
 
         print(f"deadlayer_cres {__version__}")
         return
-    if argv[0] not in VERBS:
-        fail("deadlayer", f"no verb {argv[0]!r}; expected one of {', '.join(VERBS)}")
-    program = f"deadlayer {argv[0]}"
-    guarded(program, lambda: VERBS[argv[0]][0](_verb_parser(argv[0]).parse_args(argv[1:])))
+    if argv[0] not in verbs:
+        fail(program, f"no verb {argv[0]!r}; expected one of {', '.join(verbs)}")
+    act, add, example = verbs[argv[0]]
+    parser = Parser(prog=f"{program} {argv[0]}", description=f"{act.__doc__} Example: {example}")
+    add(parser)
+    guarded(parser.prog, lambda: act(parser.parse_args(argv[1:])))
+
+def deadlayer(argv: list[str] | None = None) -> None:
+    "Entry point of the program `deadlayer`."
+    run_program("deadlayer", "The dead layer of a germanium detector from its Ba-133 spectrum.", VERBS, argv)

@@ -5,7 +5,8 @@
 # %% auto #0
 __all__ = ['ELECTRON_MASS_KEV', 'ELECTRON_MASS_EV', 'InputError', 'DataError', 'ConfigError', 'RunError', 'NotFittedError',
            'derive_seed', 'numpy_rng', 'torch_rng', 'seed_everything', 'default_device', 'atomic_path', 'atomic_folder',
-           'to_plain', 'write_json', 'read_json', 'FittedStep', 'checksum', 'environment', 'progress']
+           'to_plain', 'write_json', 'read_json', 'config_from_dict', 'FittedStep', 'checksum', 'environment',
+           'progress']
 
 # %% ../nbs/00_core.ipynb #8ecfa058
 import contextlib
@@ -168,6 +169,29 @@ def read_json(path: str | os.PathLike):
         return json.loads(Path(path).read_text())
     except (OSError, ValueError) as e:
         raise DataError("a readable JSON file", f"{type(e).__name__}: {e}", path) from e
+
+# %% ../nbs/00_core.ipynb #d27bf7e0
+def config_from_dict(
+    cls: type,  # a dataclass whose nested groups are dataclasses with default factories
+    settings: dict,  # nested dictionaries; what is missing keeps its default
+):  # an instance of `cls`
+    "The config of nested dictionaries; an unknown key or a value of the wrong type is a `ConfigError`."
+    from jsonargparse import ArgumentError, ArgumentParser
+
+    parser = ArgumentParser(exit_on_error=False)
+    parser.add_class_arguments(cls)
+    try:
+        settings = parser.parse_object(settings).as_dict()
+    except (ArgumentError, TypeError, ValueError, AttributeError) as e:
+        raise ConfigError("the settings of a run", " ".join(str(e).split()), row="config") from e
+    return _build(cls, settings)
+
+def _build(cls, settings):
+    parts = {f.name: f.default_factory for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.default_factory)}
+    wrong = next((name for name in parts if not isinstance(settings.get(name), dict)), None)
+    if wrong:
+        raise ConfigError("a group of settings", repr(settings.get(wrong)), row=wrong)
+    return cls(**{k: _build(parts[k], v) if k in parts else v for k, v in settings.items()})
 
 # %% ../nbs/00_core.ipynb #f159a740
 def _mark_fitted(step: "FittedStep", _) -> None:

@@ -129,11 +129,20 @@ def coverage(
     y,  # (n,) truths
     lo,  # (n,) lower ends
     hi,  # (n,) upper ends
+    group=None,  # (n,) what each item belongs to; None: all are independent
 ) -> Estimate:  # fraction with lo <= y <= hi
-    "Fraction of truths inside their band, with its binomial error."
+    "Fraction of truths inside their band; the error is binomial, or that of the groups if it is larger (NaN for one)."
     y = _column(y, "y")
     lo, hi = _column(lo, "lo", len(y)), _column(hi, "hi", len(y))
-    return accuracy((lo <= y) & (y <= hi))
+    inside = (lo <= y) & (y <= hi)
+    simple = accuracy(inside)
+    if group is None:
+        return simple
+    _, group = np.unique(_column(group, "group", len(y)), return_inverse=True)
+    excess = np.bincount(group, inside - simple.value) / len(y)  # (groups,)
+    groups = len(excess)
+    error = np.sqrt(groups / (groups - 1) * (excess**2).sum()) if groups > 1 else np.nan
+    return Estimate(simple.value, float(np.maximum(error, simple.error)), simple.n)
 
 # %% ../nbs/02_metrics.ipynb #4c8e568f
 def crossings(

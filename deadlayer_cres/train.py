@@ -52,6 +52,9 @@ from deadlayer_cres.core import (
 )
 from .core import environment as describe_environment
 
+# %% ../nbs/01_train.ipynb #26ffeda1
+torch.set_flush_denormal(True)
+
 # %% ../nbs/01_train.ipynb #aa545100
 def prepare(
     prep: nn.Module | None,  # the batch steps; None passes the inputs on

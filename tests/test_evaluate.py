@@ -102,7 +102,7 @@ def test_dlf_metrics_by_mode():
     q = np.stack([centre - 0.12816, centre, centre + 0.12816], 1)
     z = np.zeros((4000, 1))
     scored = ev.ScoredPairs({"q": np.hstack([z, q]), "crossed": np.hstack([z, q[:, ::-1]]),
-                             "s": np.hstack([z, (d1 - d2)[:, None]]), "f": z}, labels, np.zeros((4000, 2), int))
+                             "s": np.hstack([z, (d1 - d2)[:, None]]), "f": z}, labels, np.arange(8000).reshape(4000, 2))
     m = ev.dlf_metrics(scored, "q")
     assert m["coverage"] == pytest.approx(0.8, abs=4 * m["error"]) and m["crossings"] == 0 and m["nominal"] == 0.8
     assert ev.dlf_metrics(scored, "crossed")["crossings"] == 4000

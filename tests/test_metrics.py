@@ -57,6 +57,20 @@ def test_pinball_is_smallest_at_the_quantile_and_known_by_hand():
         pinball_loss([1.0], [[0.0, 1.0]], [0.1])
 
 
+def test_repeated_items_do_not_lower_the_error_of_a_coverage():
+    rng = np.random.default_rng(0)
+    y, edge = rng.normal(size=500), np.full(500, 1.2816)
+    once = coverage(y, -edge, edge)
+    often, group = (np.repeat(v, 20) for v in (y, np.arange(500)))
+    again = coverage(often, np.repeat(-edge, 20), np.repeat(edge, 20), group)
+    assert again.value == once.value and again.n == 10_000
+    assert again.error == pytest.approx(once.error, rel=0.01)
+    alone = coverage(often, np.repeat(-edge, 20), np.repeat(edge, 20))
+    assert alone.error == pytest.approx(once.error / 20**0.5, rel=0.01)
+    assert coverage(y, -edge, edge, np.arange(500)).error == pytest.approx(once.error, rel=0.01)
+    assert np.isnan(coverage(y, -edge, edge, np.zeros(500)).error)
+
+
 def test_coverage_and_crossings():
     c = coverage([0.0, 1.0, 2.0, 3.0], [0.0, 1.5, 1.0, 0.0], [1.0, 2.0, 2.0, 2.0])
     assert c.value == 0.5 and c.n == 4

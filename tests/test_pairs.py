@@ -4,7 +4,15 @@ import numpy as np
 import pytest
 import torch
 
-from deadlayer_cres.core import ConfigError, DataError, NotFittedError, RunError, to_plain, torch_rng
+from deadlayer_cres.core import (
+    ConfigError,
+    DataError,
+    NotFittedError,
+    RunError,
+    config_from_dict,
+    to_plain,
+    torch_rng,
+)
 from deadlayer_cres.deadlayer import infer as infer_module
 from deadlayer_cres.deadlayer.data import Spectra
 from deadlayer_cres.deadlayer.model import (
@@ -23,7 +31,6 @@ from deadlayer_cres.deadlayer.train import (
     Config,
     DataConfig,
     calibrate_band,
-    config_from_dict,
     load_run,
     pair_source,
     split_spectra,
@@ -125,7 +132,7 @@ def test_batches_are_fresh_in_training_and_fixed_in_validation(source):
 
 
 def test_inputs_are_fitted_loaded_and_checked(source):
-    step = PairInputs(40, InputConfig(list(CHANNELS)))
+    step = PairInputs(40, InputConfig(list(CHANNELS), both_orders=False))
     p = source.draw(3000, generator=torch_rng(2))
     with pytest.raises(NotFittedError):
         step(p.counts1, p.counts2)
@@ -144,7 +151,7 @@ def test_inputs_are_fitted_loaded_and_checked(source):
 def test_pull_of_equal_spectra_has_unit_variance(source):
     i = torch.arange(100).repeat(100)
     p = source.realise(i, i, torch_rng(3))
-    pull = PairInputs(40, InputConfig(["pull"])).fit(source)(p.counts1, p.counts2)
+    pull = PairInputs(40, InputConfig(["pull"], both_orders=False)).fit(source)(p.counts1, p.counts2)
     filled = source.mean1[:100].min(0).values > 20  # where few counts are expected the pull is a little narrower
     softened = (SOFTEN * torch.asinh(torch.randn(10**6) / SOFTEN)).std()
     assert abs(pull[:, 0, filled].std() - softened) < 0.01 and softened > 0.95
@@ -154,7 +161,9 @@ def test_unit_area_removes_the_scale(source):
     p = source.draw(100, generator=torch_rng(4))
     step = PairInputs(40, InputConfig(["difference"], unit_area=True)).fit(source)
     a, b = p.counts1 / p.counts1.sum(1, keepdim=True) * 1e4, p.counts2
-    assert torch.allclose(step.raw(a * 3, b, step._buffers).sign(), step.raw(a, b, step._buffers).sign())
+    assert torch.allclose(step(a * 3, b), step(a, b), atol=1e-4)
+    plain = PairInputs(40, InputConfig(["difference"])).fit(source)
+    assert not torch.allclose(plain(a * 3, b), plain(a, b), atol=1e-2)
 
 
 def test_separate_scalers(spectra):
@@ -182,6 +191,25 @@ def test_network_shapes_and_batch_independence(mode, attention, segment, embeddi
     assert raw.shape == (5, MODES[mode]) and weight.shape == (5, -(-40 // segment))
     assert torch.allclose(weight.sum(1), torch.ones(5), atol=1e-5)
     assert torch.allclose(net(x[2:3]), raw[2:3], atol=1e-5)
+
+
+@pytest.mark.parametrize("mode", MODES)
+def test_exchanging_the_spectra_changes_the_sign_and_nothing_else(mode, source):
+    step = PairInputs(40, InputConfig(list(CHANNELS))).fit(source)
+    net = PairNet(40, 5, small(mode=mode)).eval()
+    p = source.draw(50, generator=torch_rng(5))
+    raw, attention = net(step(p.counts1, p.counts2), return_attention=True)
+    swapped, same = net(step(p.counts2, p.counts1), return_attention=True)
+    signs = 2 if mode == "signs" else 1
+    assert torch.allclose(raw[:, :signs], -swapped[:, :signs], atol=1e-5) and raw[:, :signs].abs().min() > 0
+    assert torch.allclose(attention, same, atol=1e-6) and raw.shape == (50, MODES[mode])
+    if mode == "quantiles":
+        assert not torch.allclose(raw[:, 1:], swapped[:, 1:]), "these belong to the first spectrum"
+
+
+def test_segments_longer_than_the_spectrum_are_refused():
+    with pytest.raises(ConfigError, match="segment"):
+        PairNet(40, 2, PairNetConfig(segment=41))
 
 
 def test_quantiles_never_cross_and_the_pinball_is_least_at_the_quantile():
@@ -212,9 +240,9 @@ def test_loss_of_a_sure_and_right_answer_is_small():
 
 def test_config_survives_the_round_trip_and_refuses_nonsense():
     config = Config(model=small(), data=DataConfig(spectra=["a"]))
-    assert config_from_dict(to_plain(config)) == config
+    assert config_from_dict(Config, to_plain(config)) == config
     with pytest.raises(ConfigError, match="hiden"):
-        config_from_dict({"model": {"hiden": 3}})
+        config_from_dict(Config, {"model": {"hiden": 3}})
     for make in (lambda: PairConfig(batch_size=0), lambda: PairNetConfig(dropout=1), lambda: InputConfig(["pul"])):
         with pytest.raises(ConfigError):
             make()
@@ -263,7 +291,7 @@ def test_band_calibration_reaches_its_nominal_coverage(run, spectra):
 
 
 def test_a_run_is_not_trained_over_by_accident(run, spectra):
-    config = config_from_dict(run.config)
+    config = config_from_dict(Config, run.config)
     with pytest.raises(RunError, match="resume"):
         train(config, run.path, spectra=spectra, device="cpu")
     config.model.hidden = 16

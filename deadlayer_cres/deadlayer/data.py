@@ -217,7 +217,7 @@ def split_by_block(
     fccd_in_mm: np.ndarray,  # (n,) depths in mm
     dlf: np.ndarray,  # (n,) dead layer fractions in [0, 1]
     seed: int,  # seed of the deal
-    fractions: tuple[float, float, float] = (0.75, 0.1, 0.15),  # of blocks for training, validation, test
+    fractions: tuple[float, float, float] = (0.7, 0.1, 0.2),  # of blocks for training, validation, test
     fccd_block_in_mm: float = 0.05,  # width of a column; a fifth of it is a block where all DLF are equal
     dlf_block: float = 0.1,  # height of a block
 ) -> np.ndarray:  # (n,) int8: 0 training, 1 validation, 2 test
@@ -257,7 +257,7 @@ class SplitConfig:
 
     seed: int = 0  # seed of the deal
     valid: float = 0.1  # fraction of blocks for validation
-    test: float = 0.15  # fraction of blocks for the test
+    test: float = 0.2  # fraction of blocks for the test
     fccd_block_in_mm: float = 0.05  # width of a column in mm
     dlf_block: float = 0.1  # height of a block
 
@@ -325,7 +325,9 @@ def _read_published(path: Path, bins: int) -> tuple[np.ndarray, float]:
         if b"energy_hist" not in file or _VALUES not in file:
             raise DataError("the pandas table energy_hist", f"{[k.decode() for k in file]}", path, "energy_hist",
                             "export the histogram with pandas: DataFrame.to_hdf(file, key='energy_hist')")
-        data = h5py.h5d.open(file, _VALUES)
+        data = h5py.h5o.open(file, _VALUES)
+        if not isinstance(data, h5py.h5d.DatasetID):
+            raise DataError("a dataset of counts", "a group", path, _VALUES.decode(), "export the histogram with pandas")
         if data.shape != (bins, 1):
             raise DataError(f"one column of {bins} bins", f"shape {data.shape}", path, "energy_hist",
                             "export the whole histogram, or give the number of bins and their width")

@@ -164,7 +164,7 @@ def dlf_metrics(
     "Metrics of the DLF outputs: quantiles (4 outputs) or the sign of DLF1 - DLF2 (2 outputs)."
     raw, (dlf1, dlf2) = scored.raw[name], scored.labels[:, 2:].T
     if raw.shape[1] == 1 + len(QUANTILES):
-        band = coverage(dlf1, raw[:, 1], raw[:, -1])
+        band = coverage(dlf1, raw[:, 1], raw[:, -1], scored.index[:, 0])
         return {"coverage": band.value, "error": band.error, "nominal": round(QUANTILES[-1] - QUANTILES[0], 9),
                 "pinball": pinball_loss(dlf1, raw[:, 1:], QUANTILES), "crossings": crossings(raw[:, 1:]), "n": band.n}
     if raw.shape[1] == 2:
@@ -312,6 +312,8 @@ def doubts(
         if base and row["accuracy"] < base["accuracy"] - 4 * math.hypot(row["error"], base["error"]):
             said.append(f"Window {window}: the regression ({base['accuracy']:.4f}) does better than the network "
                         f"({row['accuracy']:.4f}).")
+    if not metrics["limit"]:
+        said.append("There are too few training spectra to compute the limit of counting statistics; it is left out.")
     d = metrics.get("dlf") or {}
     if "coverage" in d and abs(d["coverage"] - d["nominal"]) > max(0.03, 4 * d["error"]):
         said.append(f"The DLF band is {'too wide' if d['coverage'] > d['nominal'] else 'too narrow'}: it holds "

@@ -125,12 +125,15 @@ class PairNet(nn.Module):
     """Attention RNN over the channels of a pair: (n, channels, bins) to raw outputs (n, outputs).
 
     Output 0 is the logit of P(FCCD1 > FCCD2); mode `signs` adds the logit of P(DLF1 > DLF2), mode `quantiles` the
-    ordered `QUANTILES` of DLF1. With `return_attention` the attention (n, segments) comes too.
+    ordered `QUANTILES` of DLF1. Pairs in both orders, (n, 2, channels, bins), give logits that change their sign when the
+    two spectra are exchanged. With `return_attention` the attention (n, segments), the mean of both orders, comes too.
     """
 
     def __init__(self, bins: int, channels: int, config: PairNetConfig | None = None):
         super().__init__()
         self.config = c = config or PairNetConfig()
+        if c.segment > bins:
+            raise ConfigError(f"segments of at most {bins} bins", str(c.segment), row="model.segment")
         steps, width = -(-bins // c.segment), c.hidden * (2 if c.bidirectional else 1)
         self.embed = SegmentEmbedding(steps, channels * c.segment, c.embedding) if c.embedding else None
         self.skip = nn.Linear(c.embedding, width, bias=False) if c.embedding else None
@@ -141,6 +144,17 @@ class PairNet(nn.Module):
         self.head = dense_head([2 * width, *c.head, MODES[c.mode]], c.product, c.batch_norm, c.dropout)
 
     def forward(self, x: torch.Tensor, return_attention: bool = False):
+        if x.dim() == 3:  # one order
+            raw, attention = self.one_order(x)
+        else:  # (n, 2, channels, bins)
+            raw, attention = (y.unflatten(0, x.shape[:2]) for y in self.one_order(x.flatten(0, 1)))
+            signs = 2 if self.config.mode == "signs" else 1
+            raw = torch.cat([(raw[:, 0, :signs] - raw[:, 1, :signs]) / 2, raw[:, 0, signs:]], 1)
+            attention = attention.mean(1)
+        return (raw, attention) if return_attention else raw
+
+    def one_order(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        "Raw outputs (n, outputs) and attention (n, segments) of pairs seen in one order, (n, channels, bins)."
         x = to_segments(x, self.config.segment)  # (n, segments, channels * segment)
         if self.embed is not None:
             x = self.embed(x)  # (n, segments, embedding)
@@ -153,7 +167,7 @@ class PairNet(nn.Module):
         raw = self.head(torch.cat([context, query], 1))
         if self.config.mode == "quantiles":
             raw = torch.cat([raw[:, :1], ordered_quantiles(raw[:, 1:], self.band_scale)], 1)
-        return (raw, attention) if return_attention else raw
+        return raw, attention
 
 # %% ../../nbs/deadlayer/14_model.ipynb #a924b6cb
 def published_config(mode: Literal["quantiles", "signs", "fccd"] = "quantiles") -> PairNetConfig:

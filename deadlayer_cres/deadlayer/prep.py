@@ -63,8 +63,11 @@ def propose_log_uniform(
 ) -> tuple[torch.Tensor, torch.Tensor]:  # rows i of the first set, j of the second, each (n,)
     "n pairs whose |FCCD1 - FCCD2| is log-uniform between its bounds, up to the spacing of the spectra."
     u = torch.rand(3, n, generator=generator, device=fccd1.device, dtype=torch.float64)
-    span = max(float(fccd2[-1] - fccd2[0]), min_dfccd_in_mm)
-    top = span if max_dfccd_in_mm is None else max(min(span, max_dfccd_in_mm), min_dfccd_in_mm)
+    span = max(float(fccd2[-1] - fccd1[0]), float(fccd1[-1] - fccd2[0]))
+    top = span if max_dfccd_in_mm is None else min(span, max_dfccd_in_mm)
+    if top < min_dfccd_in_mm:
+        raise DataError(f"a range of FCCD wider than min_dfccd_in_mm, {min_dfccd_in_mm:g} mm", f"{top:g} mm",
+                        row="pairs.min_dfccd_in_mm", remedy="lower it")
     i = (u[0] * len(fccd1)).long().clamp(max=len(fccd1) - 1)
     step = min_dfccd_in_mm * (top / min_dfccd_in_mm) ** u[1] * torch.where(u[2] < 0.5, -1.0, 1.0)
     goal = fccd1[i] + step
@@ -213,6 +216,7 @@ class InputConfig:
     components: int = 16  # project both spectra on so many principal components first; 0: take them as they are
     unit_area: bool = False  # give both spectra the same area, so that only shapes are compared
     scalers: Literal["one", "per_set"] = "one"  # of `difference`: common to both sets, or one each
+    both_orders: bool = True  # show the pair also with its spectra exchanged, so that the verdict is antisymmetric
 
     def __post_init__(self):
         if self.components < 0:
@@ -223,7 +227,10 @@ class InputConfig:
 
 # %% ../../nbs/deadlayer/13_prep.ipynb #4e894aa8
 class PairInputs(FittedStep):
-    "Batch step: counts of two spectra, each (n, bins), to scaled channels (n, channels, bins); `fit` it first."
+    """Batch step: counts of two spectra, each (n, bins), to scaled channels (n, channels, bins); `fit` it first.
+
+    With `both_orders` the channels of (1, 2) and of (2, 1) lie side by side: (n, 2, channels, bins).
+    """
 
     def __init__(self, bins: int, config: InputConfig | None = None):
         self.config = config or InputConfig()
@@ -234,18 +241,22 @@ class PairInputs(FittedStep):
                          area=(), centre=bins, basis=(self.config.components, bins))
 
     def forward(self, counts1: torch.Tensor, counts2: torch.Tensor) -> torch.Tensor:
-        return (self.raw(counts1, counts2, self._buffers) - self.mean) / self.std
+        counts = self.clean(counts1, self._buffers), self.clean(counts2, self._buffers)
+        orders = [counts, counts[::-1]] if self.config.both_orders else [counts]
+        x = [(self.raw(*pair, self._buffers) - self.mean) / self.std for pair in orders]
+        return torch.stack(x, 1) if self.config.both_orders else x[0]
+
+    def clean(self, counts: torch.Tensor, statistics: dict) -> torch.Tensor:
+        "Spectra (n, bins) as they are compared: scaled to a common area if asked for, and projected."
+        area = statistics["area"] if self.config.unit_area else None
+        return project(scale_to(counts, area), statistics["centre"], statistics["basis"])
 
     def raw(self, counts1: torch.Tensor, counts2: torch.Tensor, statistics: dict) -> torch.Tensor:
-        "The channels before scaling; `statistics` holds all but the last two."
+        "The channels of clean spectra before scaling; `statistics` holds all but the last two."
         def standardise(counts, which):
             return (counts - statistics[f"mean{which}"]) / statistics[f"std{which}"]
 
-        area = statistics["area"] if self.config.unit_area else None
-        counts1, counts2 = (project(scale_to(c, area), statistics["centre"], statistics["basis"])
-                            for c in (counts1, counts2))
         return pair_channels(counts1, counts2, self.channels, standardise, self.gain)
-
 
     @torch.no_grad()
     def fit(
@@ -265,7 +276,7 @@ class PairInputs(FittedStep):
         for which, m in zip("12", means, strict=True):
             found |= {f"mean{which}": m.mean(0), f"std{which}": _spread(m)}
         pairs = source.draw(n, generator=torch_rng(seed, "scaling", device=source.device), **draw_options)
-        x = self.raw(pairs.counts1, pairs.counts2, found)
+        x = self.raw(self.clean(pairs.counts1, found), self.clean(pairs.counts2, found), found)
         pull = torch.tensor([[c == "pull"] for c in self.channels], device=x.device)  # has its own unit
         return self.set_statistics(**found, mean=x.mean(0).masked_fill(pull, 0), std=_spread(x).masked_fill(pull, 1))
 
@@ -304,6 +315,9 @@ class PairConfig:
         for name in ("max_dfccd_in_mm", "max_ddlf"):
             if getattr(self, name) is not None and getattr(self, name) <= 0:
                 raise ConfigError("a positive number or null", str(getattr(self, name)), row=name)
+        if self.how == "log_uniform" and (self.max_dfccd_in_mm or math.inf) < self.min_dfccd_in_mm:
+            raise ConfigError(f"at most max_dfccd_in_mm, {self.max_dfccd_in_mm:g}", f"{self.min_dfccd_in_mm:g}",
+                              row="min_dfccd_in_mm")
 
     def draw_options(self) -> dict:
         "The arguments of `PairSource.draw`."

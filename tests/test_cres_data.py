@@ -844,6 +844,7 @@ def test_prepare_cuts_samples_windows_and_noise(tmp_path):
     got = read_store(tmp_path / "w")
     assert summary.events == 24 and not got.noise and np.array_equal(got.ts[5], e.ts[1, :, 32:64])
     assert summary.files[0].read == 6 and summary.files[0].kept == 24
+    assert got.columns["event"].tolist() == np.repeat(np.arange(6), 4).tolist()
     fails("at least 129 samples", prepare, tmp_path / "a.hdf5", tmp_path / "no", PrepareConfig(samples=129))
     fails("windows of 1 to 128", prepare, tmp_path / "a.hdf5", tmp_path / "no2", PrepareConfig(window=129),
           error=ConfigError)

@@ -1,5 +1,6 @@
 """CRES data: the store and its writer, every format in and out, bad input, preparing, and batches."""
 import base64
+import codecs
 import copyreg
 import gzip
 import json
@@ -125,7 +126,8 @@ def test_store_round_trip(tmp_path, name):
     store = EventStore(tmp_path / name)
     assert list(store.columns) == list(COLUMNS) and store.noise == ("cav", "gauss") and len(store) == 23
     rows = [22, 0, 8, 8, 7, 6, 13]
-    assert same(store.read(rows, noise=["gauss"]), Events(e.ts[rows], e[rows].columns, noise={"gauss": e.noise["gauss"][rows]}))
+    wanted = Events(e.ts[rows], e[rows].columns, noise={"gauss": e.noise["gauss"][rows]})
+    assert same(store.read(rows, noise=["gauss"]), wanted)
     assert np.array_equal(store.read(slice(5, 9), samples=10).ts, e.ts[5:9, :, :10])
     mask = np.arange(23) % 5 == 0
     assert np.array_equal(store.read(mask).ts, e.ts[mask])
@@ -174,8 +176,21 @@ def test_nothing_is_written_where_a_sample_is_bad(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+def test_a_write_that_breaks_off_leaves_nothing(tmp_path, monkeypatch):
+    def broken(path, *args, **kwargs):
+        Path(path).write_bytes(b"half")
+        raise OSError("No space left on device")
+
+    monkeypatch.setattr(module, "_write_file", broken)
+    writer = ShardWriter(tmp_path / "s", {})
+    fails("No space left", writer.write, 0, make_events(2))
+    assert [p.name for p in writer.work.iterdir()] == ["job.json"] and writer.missing(1) == [0]
+
+
 def test_writer_resumes_its_own_job_only(tmp_path):
     a, b = make_events(3), make_events(5, seed=1)
+    (tmp_path / "s.part").mkdir()
+    (tmp_path / "s.part/.job.json.abc.part").write_text("killed while this was written")
     ShardWriter(tmp_path / "s", {"seed": 1}).write(0, a)
     (tmp_path / "s.part/.shard_00001.h5.abc.part").write_text("torn")
     fails("an unfinished one", EventStore, tmp_path / "s.part")
@@ -191,6 +206,9 @@ def test_writer_resumes_its_own_job_only(tmp_path):
     fails("not taken", ShardWriter, tmp_path / "s", {"seed": 1})
     ShardWriter(tmp_path / "s", {"seed": 3}, overwrite=True).write(0, b)
     assert same(read_store(tmp_path / "s"), concatenate([a, b]))  # until the new one is finished
+    (tmp_path / "t.part").mkdir()
+    (tmp_path / "t.part/notes.txt").write_text("x")
+    fails("a folder of something else", ShardWriter, tmp_path / "t", {}, True)
     fails("a folder for the shards", ShardWriter, tmp_path / "s.h5", {}, error=ConfigError)
 
 
@@ -358,7 +376,8 @@ def test_frames_of_many_kinds_are_read(tmp_path):
     kinds = {
         "rows": frame[frame.energy_eV > 0].iloc[[0, 3]], "twice": pandas.concat([frame, frame]),
         "named": frame.set_index(pandas.Index(list("abcdef"), name="key")),
-        "multi": pandas.concat({"a": frame, "b": frame}), "category": frame.assign(kind=pandas.Categorical(list("ababab"))),
+        "multi": pandas.concat({"a": frame, "b": frame}),
+        "category": frame.assign(kind=pandas.Categorical(list("ababab"))),
         "date": frame.assign(when=pandas.Timestamp("2020-01-01")), "flag": frame.assign(ok=True),
         "nullable": frame.assign(run=pandas.array([1, 2, None, 4, 5, 6], dtype="Int64")),
     }
@@ -438,7 +457,6 @@ class Call:
 MARK = "malicious_pickle_ran"
 
 def gadgets(mark: str) -> dict:
-    import codecs
     import functools
     import operator
     import runpy
@@ -448,7 +466,8 @@ def gadgets(mark: str) -> dict:
         "os.system": Call(os.system, f"touch {mark}"), "eval": Call(eval, touch), "exec": Call(exec, touch),
         "getattr": Call(getattr, "x", "upper"), "import": Call(__import__, "os"),
         "subprocess": Call(subprocess.Popen, ["touch", mark]), "numpy.load": Call(np.load, mark, None, True),
-        "numpy.fromfile": Call(np.fromfile, mark), "runpy": Call(runpy.run_path, mark), "rmtree": Call(shutil.rmtree, mark),
+        "numpy.fromfile": Call(np.fromfile, mark), "runpy": Call(runpy.run_path, mark),
+        "rmtree": Call(shutil.rmtree, mark),
         "partial": Call(functools.partial(os.system, f"touch {mark}")), "open": Call(open, mark, "w"),
         "methodcaller": Call(operator.methodcaller("upper"), "x"),
         "codecs": Call(codecs.decode, b"x", "zip"), "pickle": Call(pickle.loads, pickle.dumps(Call(eval, touch))),
@@ -474,32 +493,36 @@ def test_malicious_pickles_are_refused(tmp_path, name, inside, monkeypatch):
             f.write(data)
         for file in ("a.pkl", "b.pkl.gz"):
             error = fails("", read_pickle, tmp_path / file)
-            assert error.path == tmp_path / file and "frame" in str(error)
+            assert error.path == tmp_path / file and "a call of" in error.found
     assert sorted(p.name for p in tmp_path.iterdir()) == ["a.pkl", "b.pkl.gz"]
 
 
 def test_pickles_that_forge_arrays_are_refused(tmp_path):
     pytest.importorskip("pandas")
-    hidden = (3, "|", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 8, 0)
-    array = (np.ndarray, (1,), "O", b"\x41" * 8)
+
+    def dtype(code, *state):
+        return Call(np.dtype, code, False, True, state=(3, "|", *state))
+
     forged = {
-        "an array of pointers": Call(*array),
-        "a dtype with fields": Call(np.dtype, "S8", False, True, state=hidden),
-        "a subarray": Call(np.dtype, "S8", False, True, state=(3, "|", (np.dtype("O"), (1,)), None, None, 8, 8, 0)),
-        "an object dtype without its flags": Call(np.dtype, "O8", False, True, state=(3, "|", None, None, None, -1, -1, 0)),
+        "an array of pointers": Call(np.ndarray, (1,), "O", b"\x41" * 8),
+        "a dtype with fields": dtype("S8", None, ("a",), {"a": (np.dtype("O"), 0)}, 8, 8, 0),
+        "a subarray": dtype("S8", (np.dtype("O"), (1,)), None, None, 8, 8, 0),
+        "an object dtype without flags": dtype("O8", None, None, None, -1, -1, 0),
         "a structured dtype": Call(np.dtype, [("a", "O")]),
-        "text in another code": Call(__import__("_codecs").encode, "x", "rot13"),
-        "a changed class": Call(type("New", (), {}), ()),
+        "text in another code": Call(codecs.encode, "x", "rot13"),
     }
     for name, call in forged.items():
-        try:
-            data = pickle.dumps(call, 2)
-        except (pickle.PicklingError, AttributeError):  # a local class; written by hand below
-            data = b"cpandas\nDataFrame\n}S'eval'\nS'x'\nsb."
-        (tmp_path / "a.pkl").write_bytes(data)
-        assert "frame" in str(fails("", read_pickle, tmp_path / "a.pkl")), name
-    import pandas
-    assert callable(pandas.DataFrame.eval)
+        frame = frame_of(make_events(2))
+        frame["extra"] = [call, 1]
+        (tmp_path / "a.pkl").write_bytes(pickle.dumps(frame, 2))
+        assert "a pickled pandas frame" in str(fails("", read_pickle, tmp_path / "a.pkl")), name
+
+
+def test_pickles_that_change_functions_are_refused(tmp_path):
+    base = pytest.importorskip("pandas.core.indexes.base")
+    (tmp_path / "a.pkl").write_bytes(b"cpandas.core.indexes.base\n_new_Index\n(N}S'changed'\nI1\nstb.")
+    fails("a change of", read_pickle, tmp_path / "a.pkl")
+    assert not hasattr(base._new_Index, "changed")
 
 
 def test_damaged_pickles_and_other_objects_are_named(tmp_path):
@@ -536,7 +559,7 @@ def test_bad_frames_name_file_and_row(tmp_path):
 
     bad(lambda f: f.__delitem__("radius_m"), "no radius_m")
     bad(lambda f: f.__delitem__("output_ts_Q"), "no output_ts_Q", require=())
-    assert bad(lambda f: f.at.__setitem__((3, "output_ts_I"), np.zeros(60, np.float32)), "64 samples in output_ts_I") == 3
+    assert bad(lambda f: f.at.__setitem__((3, "output_ts_I"), np.zeros(60, "f4")), "64 samples in output_ts_I") == 3
     assert bad(lambda f: f.at.__setitem__((2, "output_ts_Q"), None), "in output_ts_Q") == 2
     assert bad(lambda f: f.at.__setitem__((1, "output_ts_Q"), np.full(64, np.nan, "f4")), "finite samples") == 1
     assert bad(lambda f: f.at.__setitem__((4, "energy_eV"), np.nan), "a known energy_eV") == 4
@@ -550,18 +573,20 @@ def test_bad_frames_name_file_and_row(tmp_path):
 
 # --- eggs ---
 
-def write_egg(path, values, *, kind=np.uint8, gain=2.0**-20, offset=-2.0**-13, channel_format=1, records=1, rate=403,
-              version=b"3.2.0", streams=1, data_format=None):
+def write_egg(path, values, *, kind=np.uint8, gain=2.0**-20, offset=-2.0**-13, channel_format=1, records=1,
+              rate=403, version=b"3.2.0", streams=1, data_format=None):
     "An egg file of `values` (acquisitions, channels, 2, samples) in digitiser units, or volts if `kind` is a float."
     values = np.asarray(values)
     acquisitions, channels, _, samples = values.shape
     size = samples // records
-    data_format = (2 if np.dtype(kind).kind == "f" else int(np.dtype(kind).kind == "i")) if data_format is None else data_format
+    if data_format is None:
+        data_format = {"u": 0, "i": 1, "f": 2}[np.dtype(kind).kind]
     common = {"acquisition_rate": np.uint32(rate), "record_size": np.uint32(size), "sample_size": np.uint32(2),
               "data_type_size": np.uint32(np.dtype(kind).itemsize), "data_format": np.uint32(data_format),
               "bit_depth": np.uint32(8), "bit_alignment": np.uint32(0)}
     with h5py.File(path, "w") as f:
-        f.attrs.update({"egg_version": np.bytes_(version), "n_channels": np.uint32(channels * streams), "n_streams": streams})
+        f.attrs.update({"egg_version": np.bytes_(version), "n_streams": streams,
+                        "n_channels": np.uint32(channels * streams)})
         for s in range(streams):
             numbers = np.arange(channels, dtype=np.uint32) + s * channels
             group = f.create_group(f"streams/stream{s}")
@@ -570,7 +595,8 @@ def write_egg(path, values, *, kind=np.uint8, gain=2.0**-20, offset=-2.0**-13, c
             for k in range(acquisitions):
                 v = values[k].reshape(channels, 2, records, size)
                 order = (2, 3, 0, 1) if channel_format == 0 else (2, 0, 3, 1)
-                data = group.create_dataset(f"acquisitions/{k}", data=v.transpose(order).reshape(records, -1).astype(kind) + s)
+                v = v.transpose(order).reshape(records, -1).astype(kind) + s
+                data = group.create_dataset(f"acquisitions/{k}", data=v)
                 data.attrs.update({"first_record_time": np.uint64(k * 10**6), "n_records": np.uint32(records)})
             for c in numbers:
                 f.create_group(f"channels/channel{c}").attrs.update(
@@ -604,8 +630,8 @@ def write_root_truth(folder, events, lo=25.9702e9, rate=403.0):
 
 def root_track(**changes):
     return {"energy_eV": 18563.25, "pitch_angle_deg": 91.0, "start_carrier_frequency_Hz": 25.9e9 + 0.25,
-            "avg_carrier_frequency_Hz": 25.901e9 + 0.125, "avg_axial_frequency_Hz": 6e6, "slope_Hz": 3.3e8, "radius_m": 2e-3,
-            "radius_phase": 0.5, "start_time_s": 0.0, "track_length_s": 5e-6} | changes
+            "avg_carrier_frequency_Hz": 25.901e9 + 0.125, "avg_axial_frequency_Hz": 6e6, "slope_Hz": 3.3e8,
+            "radius_m": 2e-3, "radius_phase": 0.5, "start_time_s": 0.0, "track_length_s": 5e-6} | changes
 
 
 def test_real_egg():
@@ -692,7 +718,8 @@ def test_egg_with_several_tracks_and_events(tmp_path):
     c = read_egg(path).columns
     assert c["tracks"][0] == 2 and c["energy_eV_1"][0] == 18500 and c["pitch_angle_deg_1"][0] == 88.5
     at = [0.0, 50 / 400e6 + 1e-10, 80 / 400e6]
-    write_json_truth(tmp_path, [[json_track(**{"start-time": t, "energy-ev": 18500 + i})] for i, t in enumerate(at)], rate=400)
+    one = [[json_track(**{"start-time": t, "energy-ev": 18500 + i})] for i, t in enumerate(at)]
+    write_json_truth(tmp_path, one, rate=400)
     fails("1", read_egg, path)
     e = read_egg(path, samples=40)
     assert len(e) == 3 and np.array_equal(e.ts[1], raw[0, 0, :, 50:90]) and np.array_equal(e.ts[2], raw[0, 0, :, 80:])
@@ -802,7 +829,8 @@ def test_prepare_cuts_large_files_into_shards_and_joins_small_ones(tmp_path):
     size = 8 * 64
     for rows, shards in ((3, 3 * 3), (20, 2), (1000, 1)):
         out = tmp_path / f"out{rows}"
-        summary = prepare(str(tmp_path / "in/*.hdf5"), out, PrepareConfig(shard_MB=rows * size / 1e6), show_progress=False)
+        config = PrepareConfig(shard_MB=rows * size / 1e6)
+        summary = prepare(str(tmp_path / "in/*.hdf5"), out, config, show_progress=False)
         assert same(read_store(out), events) and summary.shards == shards
         assert all(r.read == r.kept == 8 for r in summary.files) and len(summary.files) == 3
 
@@ -816,8 +844,10 @@ def test_prepare_cuts_samples_windows_and_noise(tmp_path):
     got = read_store(tmp_path / "w")
     assert summary.events == 24 and not got.noise and np.array_equal(got.ts[5], e.ts[1, :, 32:64])
     assert summary.files[0].read == 6 and summary.files[0].kept == 24
+    assert got.columns["event"].tolist() == np.repeat(np.arange(6), 4).tolist()
     fails("at least 129 samples", prepare, tmp_path / "a.hdf5", tmp_path / "no", PrepareConfig(samples=129))
-    fails("windows of 1 to 128", prepare, tmp_path / "a.hdf5", tmp_path / "no2", PrepareConfig(window=129), error=ConfigError)
+    fails("windows of 1 to 128", prepare, tmp_path / "a.hdf5", tmp_path / "no2", PrepareConfig(window=129),
+          error=ConfigError)
     fails("drop or keep", PrepareConfig, untrapped="eat", error=ConfigError)
     fails("shard_MB", PrepareConfig, shard_MB=0, error=ConfigError)
 
@@ -847,7 +877,8 @@ def test_prepare_names_files_that_do_not_fit(tmp_path):
     write_inputs(tmp_path / "in", 2)
     write_seed_hdf5(make_events(3, samples=32), tmp_path / "in/part_9.hdf5")
     for shard_MB in (1e-3, 100):
-        error = fails("samples 64", prepare, tmp_path / "in", tmp_path / f"s{shard_MB}", PrepareConfig(shard_MB=shard_MB))
+        config = PrepareConfig(shard_MB=shard_MB)
+        error = fails("samples 64", prepare, tmp_path / "in", tmp_path / f"s{shard_MB}", config)
         assert Path(error.path).name == "part_9.hdf5"
 
 
@@ -921,13 +952,14 @@ def test_prepare_on_a_dask_cluster(tmp_path):
     distributed = pytest.importorskip("distributed")
     events = write_inputs(tmp_path / "in", 5)
     config = PrepareConfig(shard_MB=8 * 8 * 64 / 1e6)
-    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=None) as cluster:
-        summary = prepare(tmp_path / "in", tmp_path / "out", config, scheduler=cluster.scheduler_address, show_progress=False)
+    with distributed.LocalCluster(n_workers=2, threads_per_worker=1, processes=True, dashboard_address=":0") as cluster:
+        summary = prepare(tmp_path / "in", tmp_path / "out", config, scheduler=cluster.scheduler_address,
+                          show_progress=False)
         assert summary.shards == 5 and same(read_store(tmp_path / "out"), events)
         with h5py.File(tmp_path / "in/part_4.hdf5", "a") as f:
             f["output_ts_I"][5, 3] = np.nan
-        error = fails("I sample 3", prepare, tmp_path / "in", tmp_path / "bad", config, scheduler=cluster.scheduler_address,
-                      show_progress=False)
+        error = fails("I sample 3", prepare, tmp_path / "in", tmp_path / "bad", config,
+                      scheduler=cluster.scheduler_address, show_progress=False)
         assert error.row == 5 and error.path.name == "part_4.hdf5"
     assert not (tmp_path / "bad").exists()
 
@@ -945,7 +977,8 @@ def test_a_scheduler_that_is_not_there_is_named(tmp_path, monkeypatch):
 
 
 def test_missing_packages_are_named(tmp_path, monkeypatch):
-    for name, function in (("pandas", lambda: read_pickle(tmp_path / "a.pkl")), ("uproot", lambda: module._read_root_truth(tmp_path))):
+    for name, function in (("pandas", lambda: read_pickle(tmp_path / "a.pkl")),
+                           ("uproot", lambda: module._read_root_truth(tmp_path))):
         monkeypatch.setitem(sys.modules, name, None)
         fails(f"pip install {name}", function, error=ConfigError)
 
@@ -954,6 +987,7 @@ def test_missing_packages_are_named(tmp_path, monkeypatch):
 
 def test_windows_follow_the_chirp_and_leave_out_what_the_track_does_not_reach():
     e = make_events(2, samples=100)
+    e.columns["slope_Hz"] *= 3e8
     e = Events(e.ts, e.columns | {"start_time_s": [0.0, 55 / 403e6], "track_length_s": [100 / 403e6, 30 / 403e6]})
     w = cut_windows(e, 20)
     assert w.columns["event"].tolist() == [0] * 5 + [1] * 3 and w.columns["window"].tolist() == [0, 1, 2, 3, 4, 2, 3, 4]
@@ -966,7 +1000,8 @@ def test_windows_follow_the_chirp_and_leave_out_what_the_track_does_not_reach():
                                   f0[1] + slope[1] * np.array([0, 5 / 403e6, 25 / 403e6]))
     np.testing.assert_allclose(w.columns["start_time_s"], np.array([0, 0, 0, 0, 0, 15, 0, 0]) / 403e6, atol=1e-15)
     np.testing.assert_array_equal(w.columns["energy_eV"], e.columns["energy_eV"][[0] * 5 + [1] * 3])
-    assert w.columns["avg_carrier_frequency_Hz"][2] == e.columns["avg_carrier_frequency_Hz"][0]  # the middle window
+    middle = w.columns["avg_carrier_frequency_Hz"][:5] - e.columns["avg_carrier_frequency_Hz"][0]
+    np.testing.assert_allclose(middle, slope[0] * 20 * np.arange(-2, 3) / 403e6, atol=1e-9)
     assert len(cut_windows(e, 20, stride=10)) == 9 + len([k for k in range(9) if k * 10 < 85 and k * 10 + 20 > 55])
     fails("windows of 1 to 100 samples", cut_windows, e, 101, error=ConfigError)
     fails("stride", cut_windows, e, 10, 0, error=ConfigError)
@@ -1024,7 +1059,8 @@ def test_batches_in_memory():
     batches = EventBatches(e, 16, ["energy_eV", "start_carrier_frequency_Hz"], seed=1)
     first = list(batches)
     assert len(first) == len(batches) == 4 and [len(x) for x, _ in first] == [16, 16, 16, 2]
-    assert first[0][0].shape == (16, 2, 64) and first[0][0].dtype == torch.float32 and first[0][1].dtype == torch.float64
+    assert first[0][0].shape == (16, 2, 64)
+    assert first[0][0].dtype == torch.float32 and first[0][1].dtype == torch.float64
     x, y = all_of(first)
     order = [int(np.flatnonzero(e.columns["energy_eV"] == v)[0]) for v in y[:, 0]]
     assert sorted(order) == list(range(50)) and order != list(range(50)) and np.array_equal(x, e.ts[order])
@@ -1064,7 +1100,8 @@ def test_batches_from_blocks_hold_every_event_once(stored):
     assert np.abs(np.diff(order)).mean() > 20  # shuffled beyond a block
     assert np.array_equal(all_of(batches)[0], x)
     batches.set_epoch(1)
-    assert not np.array_equal(all_of(batches)[0], x)
+    y_next = all_of(batches)[1]
+    assert len(np.intersect1d(y_next[:24], y[:24])) < 20  # other blocks come first
     fixed = BlockBatches(store, 8, rows, fixed=True, noise="cav", samples=20)
     assert np.array_equal(all_of(fixed)[0], (e.ts + e.noise["cav"])[rows, :, :20])
     twice = BlockBatches(store, 8, rows, repeat=2)

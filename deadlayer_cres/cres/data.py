@@ -9,7 +9,7 @@ __all__ = ['SAMPLING_RATE_HZ', 'LO_FREQUENCY_HZ', 'COLUMNS', 'UNSET', 'FORMAT', 
            'write_seed_hdf5', 'cut_windows', 'PrepareConfig', 'FileReport', 'PrepareSummary', 'prepare', 'merge_stores',
            'event_lots', 'SplitConfig', 'EventBatches', 'BlockBatches', 'plot_labels']
 
-# %% ../../nbs/cres/22_data.ipynb #119b3aad
+# %% ../../nbs/cres/22_data.ipynb #137d9cf4
 import contextlib
 import dataclasses
 import glob
@@ -45,7 +45,7 @@ from deadlayer_cres.core import (
     write_json,
 )
 
-# %% ../../nbs/cres/22_data.ipynb #1b452276
+# %% ../../nbs/cres/22_data.ipynb #1d8afffc
 SAMPLING_RATE_HZ = 403e6
 "Sampling rate of the simulated cavity data in Hz, used where a file does not note its own."
 LO_FREQUENCY_HZ = 25.9702e9
@@ -56,7 +56,7 @@ COLUMNS = ("energy_eV", "pitch_angle_deg", "start_carrier_frequency_Hz", "avg_ca
 UNSET = -99.0
 "What Locust writes for a quantity it could not determine, such as the pitch angle of an untrapped electron."
 
-# %% ../../nbs/cres/22_data.ipynb #729e6f1a
+# %% ../../nbs/cres/22_data.ipynb #b191c300
 @dataclasses.dataclass(eq=False, repr=False)
 class Events:
     "CRES events with their labels. Indexing with an integer, slice, mask or index array gives `Events` again."
@@ -116,7 +116,7 @@ class Events:
         return checksum(*(self.columns[k] for k in sorted(self.columns)),
                         *([] if self.ts is None else [self.ts[:, :, ::64]]))
 
-# %% ../../nbs/cres/22_data.ipynb #ac589c2a
+# %% ../../nbs/cres/22_data.ipynb #08f00f60
 def _check_shapes(events: Events) -> None:
     "Raise a `DataError` unless all arrays of `events` have one length and the frequencies make sense."
     n, ts = len(events), events.ts
@@ -128,12 +128,12 @@ def _check_shapes(events: Events) -> None:
     for name, values in events.noise.items():
         if ts is None or values.shape != ts.shape:
             raise DataError("noise of the shape of the time series", f"shape {values.shape}", row=f"{name} noise")
-    for name in ("sampling_rate_Hz", "lo_frequency_Hz"):
-        value = float(getattr(events, name))
-        if not (0 < value < np.inf or value == 0 == name.startswith("s")):
-            raise DataError("a frequency > 0", f"{value}", row=name)
+    if not 0 < events.sampling_rate_Hz < np.inf:
+        raise DataError("a sampling rate > 0 Hz", str(events.sampling_rate_Hz), row="sampling_rate_Hz")
+    if not 0 <= events.lo_frequency_Hz < np.inf:
+        raise DataError("a frequency >= 0 Hz", str(events.lo_frequency_Hz), row="lo_frequency_Hz")
 
-# %% ../../nbs/cres/22_data.ipynb #92a6f803
+# %% ../../nbs/cres/22_data.ipynb #75273d25
 FORMAT, VERSION = "deadlayer_cres.cres.events", 1
 "Name and version of the store's layout, as noted in its files."
 INDEX, JOB = "index.json", "job.json"
@@ -145,16 +145,11 @@ def _ts_names(noise: str | None = None) -> tuple[str, str]:
     "Names of the datasets of I and Q: of the time series, or of recorded noise."
     return tuple(f"output_ts_{c}" + (f"_{noise}_noise" if noise else "") for c in "IQ")
 
-def _write_file(
-    path: Path,
-    events: Events,
-    dtype=np.float64,  # of the labels
-    **attrs,  # further attributes
-) -> None:
+def _write_file(path: Path, events: Events, **attrs) -> None:
     "Write `events` to the HDF5 file `path`, which is not yet in its place."
     with h5py.File(path, "w", libver=("v108", "v108")) as f:  # attributes may exceed 64 kB
         for name, values in events.columns.items():
-            f.create_dataset(name, data=values.astype(dtype))
+            f.create_dataset(name, data=values)
         for noise, values in {None: events.ts, **events.noise}.items():
             for c, name in enumerate(_ts_names(noise)):
                 if values is not None:
@@ -168,7 +163,7 @@ def _write_shard(path: Path, events: Events) -> None:
     with _writing(path), atomic_path(path) as part:
         _write_file(part, events, format=FORMAT, version=VERSION, checksum=events.checksum)
 
-# %% ../../nbs/cres/22_data.ipynb #7aa9ce05
+# %% ../../nbs/cres/22_data.ipynb #90d031be
 @contextlib.contextmanager
 def _writing(path: Path) -> Iterator[None]:
     "Turn every failure to write into a `DataError` about `path`."
@@ -186,7 +181,7 @@ def _refuse(path: Path, overwrite: bool) -> None:
     if path.is_dir() and any(path.iterdir()) and not (path / INDEX).exists():
         raise DataError("a store to overwrite", "a folder of something else", path, remedy="choose another name")
 
-# %% ../../nbs/cres/22_data.ipynb #81bbe681
+# %% ../../nbs/cres/22_data.ipynb #a8eb1b7e
 class ShardWriter:
     """Write a store shard by shard; after a kill, the same job goes on where it stopped.
 
@@ -205,7 +200,7 @@ class ShardWriter:
         job: dict,  # all that decides the content, such as seed and settings; must fit in JSON
         overwrite: bool = False,  # replace an existing store and drop an unfinished one of another job
     ):
-        self.path, self.overwrite = Path(path), overwrite
+        self.path = Path(path)
         self.work = self.path.with_name(self.path.name + ".part")
         if self.path.suffix in _HDF5:
             raise ConfigError("a folder for the shards", f"the name of a file, {self.path.name}", self.path)
@@ -244,12 +239,14 @@ class ShardWriter:
             _put_in_place(self.work, self.path)
         return index
 
-# %% ../../nbs/cres/22_data.ipynb #d8a03823
+# %% ../../nbs/cres/22_data.ipynb #6c1d9aad
 def _resumes(work: Path, job: dict, overwrite: bool) -> bool:
     "Whether the unfinished store is of this job; a `DataError` if it is of another and may not be dropped."
-    if not (work / JOB).exists() and any(work.iterdir()):
-        raise DataError("an unfinished store", "a folder of something else", work, remedy="move it away")
-    if not any(work.iterdir()) or read_json(work / JOB) == job:
+    if not (work / JOB).exists():
+        if any(not p.name.startswith(".") for p in work.iterdir()):
+            raise DataError("an unfinished store", "a folder of something else", work, remedy="move it away")
+        return True
+    if read_json(work / JOB) == job:
         return True
     if not overwrite:
         raise DataError("an unfinished store of the same job", "one of other inputs or settings", work,
@@ -265,7 +262,7 @@ def _put_in_place(work: Path, path: Path) -> None:
     os.replace(work, path)
     shutil.rmtree(old, ignore_errors=True)
 
-# %% ../../nbs/cres/22_data.ipynb #428a9a0f
+# %% ../../nbs/cres/22_data.ipynb #f2e9e15d
 @contextlib.contextmanager
 def _reading(path: str | os.PathLike) -> Iterator[None]:
     "Turn every failure of HDF5 inside the block into a `DataError` about `path`."
@@ -283,17 +280,16 @@ def _reading(path: str | os.PathLike) -> Iterator[None]:
         raise DataError("a readable file of events", text.strip("'\""), path, remedy="copy or write it again") from e
 
 @contextlib.contextmanager
-def _naming(path: str | os.PathLike, first_row: int = 0) -> Iterator[None]:
-    "Add the file, and its first row, to a `DataError` that does not name one."
+def _naming(path: str | os.PathLike) -> Iterator[None]:
+    "Add the file to a `DataError` that does not name one."
     try:
         yield
     except DataError as e:
         if e.path is not None:
             raise
-        row = e.row + first_row if isinstance(e.row, int) else e.row
-        raise DataError(e.expected, e.found, path, row, e.remedy) from e
+        raise DataError(e.expected, e.found, path, e.row, e.remedy) from e
 
-# %% ../../nbs/cres/22_data.ipynb #50661153
+# %% ../../nbs/cres/22_data.ipynb #44cd423e
 def _agree(name: str, noted, given: float | None, default: float, path) -> float:
     "The value noted in a file, else the one the user gave, else the default; a `DataError` if the first two differ."
     if noted is None:
@@ -309,7 +305,7 @@ def _require(columns: Iterable[str], require: Sequence[str], path) -> None:
         raise DataError(f"the labels {', '.join(require)}", f"no {', '.join(missing)}", path,
                         remedy="name the labels that you need with require=, or require=() for none")
 
-# %% ../../nbs/cres/22_data.ipynb #4ac3b359
+# %% ../../nbs/cres/22_data.ipynb #03eb1f62
 @dataclasses.dataclass
 class _Layout:
     "What an HDF5 file of events holds."
@@ -345,7 +341,7 @@ def _layout(f: h5py.File, path: Path) -> _Layout:
     return _Layout(path, rows, samples, columns, noise, **noted,
                    provenance=json.loads(f.attrs.get("provenance", "{}")))
 
-# %% ../../nbs/cres/22_data.ipynb #842cf694
+# %% ../../nbs/cres/22_data.ipynb #677d4a09
 def _make_index(paths: Sequence[Path]) -> dict:
     "Index of a store of the shards at `paths`; a `DataError` names the first shard that does not fit the others."
     layouts = []
@@ -371,7 +367,7 @@ def _check_fit(layouts: Sequence[_Layout]) -> None:
         with _naming(x.path):
             _fits(layouts[0], x, layouts[0].path.name)
 
-# %% ../../nbs/cres/22_data.ipynb #70c9ef77
+# %% ../../nbs/cres/22_data.ipynb #8c6bdbed
 class EventStore:
     """Read access to stores, shards and HDF5 files of events, one or several, as one set in the order given.
 
@@ -424,7 +420,7 @@ class EventStore:
         while self._open:
             self._open.popitem()[1].close()
 
-# %% ../../nbs/cres/22_data.ipynb #2e3a0923
+# %% ../../nbs/cres/22_data.ipynb #24b5769f
 def _open_file(path: Path, require: Sequence[str], sampling_rate_Hz: float | None, lo_frequency_Hz: float | None):
     "Layout and labels of one HDF5 file."
     with _reading(path), h5py.File(path, "r") as f:
@@ -435,7 +431,7 @@ def _open_file(path: Path, require: Sequence[str], sampling_rate_Hz: float | Non
             _require(x.columns, require, path)
         return x, {k: f[k][()].reshape(-1).astype(np.float64) for k in x.columns}
 
-# %% ../../nbs/cres/22_data.ipynb #f399a39d
+# %% ../../nbs/cres/22_data.ipynb #5bc9e570
 def _files_of(path: Path) -> list[Path]:
     "The HDF5 files of a store or folder, or the file itself; a `DataError` for an unfinished store or an empty folder."
     if not path.is_dir():
@@ -475,7 +471,7 @@ def _handle(store: EventStore, number: int) -> h5py.File:
         store._open[number] = h5py.File(store._layouts[number].path, "r")
     return store._open[number]
 
-# %% ../../nbs/cres/22_data.ipynb #d808a331
+# %% ../../nbs/cres/22_data.ipynb #a4c800d7
 def _read_rows(store: EventStore, rows: np.ndarray, samples: int | None, noise: Sequence[str]) -> Events:
     "The events `rows` of `store`."
     samples = store.samples if samples is None else samples
@@ -496,7 +492,7 @@ def _read_rows(store: EventStore, rows: np.ndarray, samples: int | None, noise: 
     return Events(ts if store.samples else None, {k: v[rows] for k, v in store.columns.items()}, store.sampling_rate_Hz,
                   store.lo_frequency_Hz, arrays, {"files": files})
 
-# %% ../../nbs/cres/22_data.ipynb #d045f9cf
+# %% ../../nbs/cres/22_data.ipynb #2b398e3a
 def _fits(first, other, name: str, row: str | None = None) -> None:
     "Raise a `DataError` unless `other` has the samples, frequencies and recorded noise of `first`, called `name`."
     for key in ("samples", "sampling_rate_Hz", "lo_frequency_Hz", "noise"):
@@ -522,7 +518,7 @@ def concatenate(
         noise={k: np.concatenate([p.noise[k] for p in parts]) for k in first.noise},
         provenance={"parts": [p.provenance for p in parts]})
 
-# %% ../../nbs/cres/22_data.ipynb #3dd0dce0
+# %% ../../nbs/cres/22_data.ipynb #03881bf7
 def write_store(
     events: Events,  # what to write
     path: str | os.PathLike,  # folder to create, or file if it ends in .h5 or .hdf5
@@ -543,7 +539,7 @@ def write_store(
         writer.write(i, events[starts[i]:starts[i] + shard_events])
     writer.finish(len(starts))
 
-# %% ../../nbs/cres/22_data.ipynb #8d590b2e
+# %% ../../nbs/cres/22_data.ipynb #7b95b08c
 def read_store(
     path: str | os.PathLike | Sequence[str | os.PathLike],  # a store, or several that fit together
     require: Sequence[str] = (),  # labels that must be there
@@ -554,7 +550,7 @@ def read_store(
     store.close()
     return events
 
-# %% ../../nbs/cres/22_data.ipynb #7ba1c6ae
+# %% ../../nbs/cres/22_data.ipynb #3fa664d6
 def shared_data() -> Path | None:  # the folder that holds `locust_mc_testSignal.egg`, or None
     "Folder of public CRES files: `$DEADLAYER_CRES_DATA` or its `cres`, else `../shared/data/cres` above this folder."
     if name := os.environ.get("DEADLAYER_CRES_DATA"):
@@ -567,7 +563,7 @@ def shared_data() -> Path | None:  # the folder that holds `locust_mc_testSignal
         places = [p.parent / "shared" / "data" / "cres" for p in (here, *here.parents)]
     return next((p for p in places if (p / "locust_mc_testSignal.egg").exists()), None)
 
-# %% ../../nbs/cres/22_data.ipynb #3f03b0ac
+# %% ../../nbs/cres/22_data.ipynb #5798ab7b
 def trapped(
     events,  # anything with `columns`: `Events` or an `EventStore`
 ) -> np.ndarray:  # (n,) bool; all True without the labels
@@ -585,7 +581,7 @@ def _check_labels(events: Events, require: Sequence[str]) -> Events:
             raise DataError(f"a known {name}", "NaN", row=int(bad[0]), remedy="leave the event out")
     return events.validate()
 
-# %% ../../nbs/cres/22_data.ipynb #48163c77
+# %% ../../nbs/cres/22_data.ipynb #586a9afc
 _PANDAS = {  # what a frame is made of -> modules under which pandas 1, 2 and 3 pickle it
     "DataFrame": ("pandas", "pandas.core.frame"),
     "Index": ("pandas", "pandas.core.indexes.base"),
@@ -613,7 +609,7 @@ _ADMITTED = {(m, name.split(".")[-1]): "pandas." + name for name, modules in _PA
     ("pyarrow.lib", "type_for_alias"): "pyarrow.lib.type_for_alias",
 }
 
-# %% ../../nbs/cres/22_data.ipynb #b870495a
+# %% ../../nbs/cres/22_data.ipynb #a3c92d9f
 def _needed(package: str):
     "Import an optional package; a `ConfigError` if it is not installed."
     try:
@@ -629,7 +625,7 @@ def _dtype(code: str, *flags) -> np.dtype:
         raise pickle.UnpicklingError(f"a dtype {code!r}")
     return np.dtype(code, False, True)
 
-# %% ../../nbs/cres/22_data.ipynb #e858371b
+# %% ../../nbs/cres/22_data.ipynb #af163a6c
 def _array(kind, shape, code) -> np.ndarray:
     "An empty array, to be filled from its state."
     return np.empty(0, np.int8)
@@ -657,7 +653,7 @@ _REBUILT = {("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): _dtype, ("_code
     (f"numpy.{core}.{module}", name): function for core in ("core", "_core")
     for module, name, function in (("multiarray", "_reconstruct", _array), ("numeric", "_frombuffer", _frombuffer))}
 
-# %% ../../nbs/cres/22_data.ipynb #3116be07
+# %% ../../nbs/cres/22_data.ipynb #468961fa
 class _FrameUnpickler(pickle._Unpickler):
     "Loads pandas frames and nothing else."
 
@@ -689,7 +685,7 @@ class _FrameUnpickler(pickle._Unpickler):
 
     dispatch[pickle.BUILD[0]] = load_build
 
-# %% ../../nbs/cres/22_data.ipynb #bc64dcfb
+# %% ../../nbs/cres/22_data.ipynb #9398693b
 def _load_frame(path: Path):
     "The pickled frame at `path`, compressed or not; a `DataError` if it is something else."
     _needed("pandas")
@@ -711,7 +707,7 @@ def _load_frame(path: Path):
         raise DataError("a pickled pandas frame", f"a {type(frame).__name__}", path)
     return frame
 
-# %% ../../nbs/cres/22_data.ipynb #bf3a1451
+# %% ../../nbs/cres/22_data.ipynb #99d28b98
 def _stack_cells(name: str, cells, path: Path) -> np.ndarray:  # (n, samples) float32
     "The arrays or lists in the cells of one column, stacked."
     rows, length = [], None
@@ -727,7 +723,7 @@ def _stack_cells(name: str, cells, path: Path) -> np.ndarray:  # (n, samples) fl
         rows.append(row)
     return np.stack(rows)
 
-# %% ../../nbs/cres/22_data.ipynb #91cf48d4
+# %% ../../nbs/cres/22_data.ipynb #b3a7dcab
 def read_pickle(
     path: str | os.PathLike,  # .pkl or .pkl.gz with a pandas frame, one row an event
     require: Sequence[str] = COLUMNS,  # labels that must be there and known; () for none
@@ -762,7 +758,7 @@ def read_pickle(
             _agree("", None, lo_frequency_Hz, LO_FREQUENCY_HZ, path), {}, {"files": [str(path)], "layout": "pickle"}),
             require)
 
-# %% ../../nbs/cres/22_data.ipynb #f3dda5ed
+# %% ../../nbs/cres/22_data.ipynb #ea6cb999
 EGG = (".egg",)
 _ATTRIBUTES = ("acquisition_rate", "record_size", "sample_size", "data_format", "channel_format", "n_channels")
 
@@ -790,7 +786,7 @@ def egg_info(
             streams[name] = plain(group.attrs) | {"acquisitions": acquisitions}
         return plain(f.attrs) | {"streams": streams, "channels": {k: plain(v.attrs) for k, v in f["channels"].items()}}
 
-# %% ../../nbs/cres/22_data.ipynb #6f7eee82
+# %% ../../nbs/cres/22_data.ipynb #be7af7a4
 def _egg_channel(stream: h5py.Group, channel: int, path: Path) -> tuple[dict, int, float, float]:
     "Attributes of a stream, place of the channel in it, gain and offset in volts."
     row = stream.name.strip("/")
@@ -826,7 +822,7 @@ def _egg_stretch(data: h5py.Dataset, a: dict, place: int, gain: float, offset: f
     volts += np.float32(offset)
     return volts[:, :samples]
 
-# %% ../../nbs/cres/22_data.ipynb #64c09a71
+# %% ../../nbs/cres/22_data.ipynb #e3ff2031
 _ROOT_BRANCHES = {
     "energy_eV": "StartingEnergieseV", "pitch_angle_deg": "PitchAngles",
     "start_carrier_frequency_Hz": "StartFrequencies",
@@ -848,7 +844,7 @@ class _Truth:
     lo_frequency_Hz: float | None = None
     sampling_rate_Hz: float | None = None
 
-# %% ../../nbs/cres/22_data.ipynb #c7b9dfaa
+# %% ../../nbs/cres/22_data.ipynb #521f8187
 def _read_root_truth(path: Path) -> _Truth:
     "Truth from LocustEventProperties.root; needs uproot."
     uproot = _needed("uproot")
@@ -871,7 +867,7 @@ def _read_root_truth(path: Path) -> _Truth:
     rate = known.get("SamplingFrequencyMHz")
     return _Truth(events, known.get("LOFrequency"), rate and rate * 1e6)
 
-# %% ../../nbs/cres/22_data.ipynb #8c6e787e
+# %% ../../nbs/cres/22_data.ipynb #f10c1480
 def _read_json_truth(path: Path) -> _Truth:
     "Truth from LocustEventProperties.json."
     tree = read_json(path)
@@ -902,7 +898,7 @@ def _merge_track(root: dict, json_: dict, offset_Hz: float) -> dict:
         track["pitch_angle_deg"] = 180 - track["pitch_angle_deg"]
     return track
 
-# %% ../../nbs/cres/22_data.ipynb #fab2a0e8
+# %% ../../nbs/cres/22_data.ipynb #e6553430
 def _columns_of(events: Sequence[Sequence[dict]]) -> dict[str, np.ndarray]:
     "Labels of events with one or more tracks each, as columns."
     columns = {"tracks": np.array([len(tracks) for tracks in events], float)}
@@ -913,7 +909,7 @@ def _columns_of(events: Sequence[Sequence[dict]]) -> dict[str, np.ndarray]:
                 columns.setdefault(name, np.full(len(events), np.nan))[i] = value
     return columns
 
-# %% ../../nbs/cres/22_data.ipynb #3a9f70cc
+# %% ../../nbs/cres/22_data.ipynb #d69a50c1
 def read_truth(
     path: str | os.PathLike,  # folder of a Locust run, or one of its LocustEventProperties files
     sampling_rate_Hz: float,  # of the egg file; a `DataError` if the truth notes another
@@ -943,7 +939,7 @@ def read_truth(
     merged = [[_merge_track(r, k, lo - sampling_rate_Hz / 2) for r, k in zip(*tracks, strict=True)] for tracks in both]
     return _columns_of(merged), lo
 
-# %% ../../nbs/cres/22_data.ipynb #1a6c7d17
+# %% ../../nbs/cres/22_data.ipynb #ea229b24
 def _egg_events(stretches: list[np.ndarray], offsets_s: list[float], labels: dict, rate_Hz: float, samples: int | None):
     "Time series (n, 2, samples), and labels with start times counted from the first sample of each event."
     n = len(next(iter(labels.values()))) if labels else len(stretches)
@@ -968,7 +964,7 @@ def _egg_events(stretches: list[np.ndarray], offsets_s: list[float], labels: dic
     shift = {k: v - begin for k, v in labels.items() if k.startswith("start_time_s")}
     return np.stack(stretches), labels | shift
 
-# %% ../../nbs/cres/22_data.ipynb #75b92309
+# %% ../../nbs/cres/22_data.ipynb #92363750
 def read_egg(
     path: str | os.PathLike,  # an egg file of version 3
     require: Sequence[str] = COLUMNS,  # labels that must be there and known; () to read without truth
@@ -1001,7 +997,7 @@ def read_egg(
         ts, labels = _egg_events(stretches, [t - times[0] for t in times], labels, rate, samples)
         return _check_labels(Events(ts, labels, rate, lo, {}, {"files": [str(path)], "layout": "egg"}), require)
 
-# %% ../../nbs/cres/22_data.ipynb #94328dab
+# %% ../../nbs/cres/22_data.ipynb #85de5496
 def plot_spectrum(
     events: Events,
     row: int = 0,  # which event
@@ -1020,7 +1016,7 @@ def plot_spectrum(
                ylim=(amplitude.max() * 1e-4, None))
         return fig
 
-# %% ../../nbs/cres/22_data.ipynb #36001b77
+# %% ../../nbs/cres/22_data.ipynb #97d8dd0d
 def read_phyts(
     paths: str | os.PathLike | Sequence[str | os.PathLike],  # HDF5 files, or folders of them
     require: Sequence[str] = COLUMNS,  # labels that must be there and known; () for none
@@ -1045,7 +1041,7 @@ def _read_checked(store: EventStore, rows: slice, require, noise, samples: int |
     finally:
         store.close()
 
-# %% ../../nbs/cres/22_data.ipynb #9f79feba
+# %% ../../nbs/cres/22_data.ipynb #f70614d5
 _PICKLES = (".pkl", ".pkl.gz", ".pickle")
 
 def _kind(path: Path) -> str | None:
@@ -1067,7 +1063,7 @@ def read_events(
         raise DataError(f"a store, or a file ending in {', '.join(_HDF5 + EGG + _PICKLES)}", Path(path).name, path)
     return readers[kind](path, require, sampling_rate_Hz, lo_frequency_Hz)
 
-# %% ../../nbs/cres/22_data.ipynb #c038fe08
+# %% ../../nbs/cres/22_data.ipynb #7b58237b
 def write_seed_hdf5(
     events,  # `Events` or an `EventStore`; a store is copied in blocks
     path: str | os.PathLike,  # file to create
@@ -1088,7 +1084,7 @@ def write_seed_hdf5(
                 for c, dataset in enumerate(pair):
                     dataset[here] = (block.ts if k is None else block.noise[k])[:, c]
 
-# %% ../../nbs/cres/22_data.ipynb #78c55821
+# %% ../../nbs/cres/22_data.ipynb #31b4ad52
 def cut_windows(
     events: Events,
     samples: int,  # length of a window
@@ -1125,7 +1121,7 @@ def cut_windows(
     noise = {k: cut(v) for k, v in events.noise.items()}
     return dataclasses.replace(events, ts=cut(events.ts), columns=columns, noise=noise)
 
-# %% ../../nbs/cres/22_data.ipynb #15c6f793
+# %% ../../nbs/cres/22_data.ipynb #8f30ad93
 @dataclasses.dataclass
 class PrepareConfig:
     "How files are read when a store is prepared."
@@ -1133,7 +1129,7 @@ class PrepareConfig:
     sampling_rate_Hz: float | None = None  # expected; where a file does not note it, this or 403 MHz is taken
     lo_frequency_Hz: float | None = None  # expected; where a file does not note it, this or 25.9702 GHz is taken
     samples: int | None = None  # keep only the first so many samples of each event; None: all
-    window: int | None = None  # cut events into windows of so many samples; None: leave them whole
+    window: int | None = None  # cut events into windows of so many samples (`event` is the row in the file); None: not
     noise: bool = True  # keep recorded noise
     untrapped: Literal["drop", "keep"] = "drop"  # what to do with electrons that were not trapped
     bad: Literal["stop", "skip"] = "stop"  # at a file that cannot be read: stop, or leave it out and say so
@@ -1149,7 +1145,7 @@ class PrepareConfig:
                 raise ConfigError("a number above 0", str(value), row=name)
         self.require = tuple(self.require)
 
-# %% ../../nbs/cres/22_data.ipynb #f4de5710
+# %% ../../nbs/cres/22_data.ipynb #838f4c01
 @dataclasses.dataclass
 class FileReport:
     "What became of one input file."
@@ -1165,7 +1161,7 @@ class FileReport:
         for reason, n in other.dropped.items():
             self.dropped[reason] = self.dropped.get(reason, 0) + n
 
-# %% ../../nbs/cres/22_data.ipynb #c1a24f2a
+# %% ../../nbs/cres/22_data.ipynb #f39450e7
 @dataclasses.dataclass
 class PrepareSummary:
     "What `prepare` read, kept and dropped."
@@ -1192,7 +1188,7 @@ class PrepareSummary:
         "Files that could not be read."
         return [f for f in self.files if f.error]
 
-# %% ../../nbs/cres/22_data.ipynb #63267b73
+# %% ../../nbs/cres/22_data.ipynb #e1cbcb06
 def _expand(inputs) -> list[Path]:
     "The files of events that files, folders and patterns stand for, sorted within each; at least one."
     found = {}
@@ -1215,7 +1211,7 @@ def _expand(inputs) -> list[Path]:
         raise DataError("at least one file of events", "none")
     return list(found)
 
-# %% ../../nbs/cres/22_data.ipynb #bacd3f97
+# %% ../../nbs/cres/22_data.ipynb #0c0fa812
 def _plan(paths: Sequence[Path], config: PrepareConfig) -> list[list[tuple[Path, int, int | None]]]:
     "Tasks of about one shard each, as lists of (file, first row, row after the last, or None for all)."
     limit, tasks, room = config.shard_MB * 1e6, [], 0.0
@@ -1241,7 +1237,7 @@ def _plan(paths: Sequence[Path], config: PrepareConfig) -> list[list[tuple[Path,
             room -= size
     return tasks
 
-# %% ../../nbs/cres/22_data.ipynb #d7369db4
+# %% ../../nbs/cres/22_data.ipynb #8067a160
 def _read_piece(path: Path, start: int, stop: int | None, config: PrepareConfig) -> Events:
     "The events of a file, or of rows of it, cut to the wanted samples."
     given = (config.require, config.sampling_rate_Hz, config.lo_frequency_Hz)
@@ -1254,7 +1250,7 @@ def _read_piece(path: Path, start: int, stop: int | None, config: PrepareConfig)
         return dataclasses.replace(whole, ts=whole.ts[:, :, :config.samples])
     return _read_checked(whole, slice(start, stop), config.require, whole.noise if config.noise else (), config.samples)
 
-# %% ../../nbs/cres/22_data.ipynb #940ed150
+# %% ../../nbs/cres/22_data.ipynb #d51e5e1f
 def _prepare_task(writer: ShardWriter, number: int, pieces: list, config: PrepareConfig) -> int:
     "Read the files of one task, drop what is to be dropped and write the shard; gives its number."
     parts, reports = [], []
@@ -1269,6 +1265,8 @@ def _prepare_task(writer: ShardWriter, number: int, pieces: list, config: Prepar
             report.error = str(e)
             continue
         report.read = len(events)
+        if config.window:
+            events.columns["event"] = start + np.arange(len(events), dtype=float)
         keep = trapped(events) if config.untrapped == "drop" else np.ones(len(events), bool)
         if not keep.all():
             report.dropped["untrapped"] = int((~keep).sum())
@@ -1286,7 +1284,7 @@ def _prepare_task(writer: ShardWriter, number: int, pieces: list, config: Prepar
     writer.write(number, shard)
     return number
 
-# %% ../../nbs/cres/22_data.ipynb #108a617e
+# %% ../../nbs/cres/22_data.ipynb #e0f0e7b3
 def _on_cluster(scheduler: str, writer: ShardWriter, todo: dict[int, list], config: PrepareConfig) -> Iterator[int]:
     "Run the tasks on a Dask cluster; gives the number of each shard that is written."
     distributed = _needed("distributed")
@@ -1306,7 +1304,7 @@ def _on_cluster(scheduler: str, writer: ShardWriter, todo: dict[int, list], conf
         finally:
             client.cancel(futures)
 
-# %% ../../nbs/cres/22_data.ipynb #d4de7577
+# %% ../../nbs/cres/22_data.ipynb #89304e1c
 def _check_shard(writer: ShardWriter, first: _Layout | None, number: int) -> _Layout | None:
     "Compare a shard with the first that has events; a `DataError` names the input file at fault."
     path = writer.shard(number)
@@ -1318,7 +1316,7 @@ def _check_shard(writer: ShardWriter, first: _Layout | None, number: int) -> _La
             _fits(first, x, names[1])
     return first or (x if x.rows else None)
 
-# %% ../../nbs/cres/22_data.ipynb #a4c699c4
+# %% ../../nbs/cres/22_data.ipynb #171feb05
 def prepare(
     inputs: str | os.PathLike | Sequence[str | os.PathLike],  # files, folders (searched to any depth) and patterns
     out: str | os.PathLike,  # folder of the store to create
@@ -1358,7 +1356,7 @@ def prepare(
                           len(index["shards"]), index["columns"], size, round(time.perf_counter() - began, 2),
                           len(tasks) - len(todo))
 
-# %% ../../nbs/cres/22_data.ipynb #d36339ab
+# %% ../../nbs/cres/22_data.ipynb #8b55dde6
 def merge_stores(
     stores: Sequence[str | os.PathLike],  # stores that fit together, in order
     out: str | os.PathLike,  # folder of the store to create
@@ -1375,7 +1373,7 @@ def merge_stores(
                 shutil.copyfile(shards[i], part)
     return writer.finish(len(shards))
 
-# %% ../../nbs/cres/22_data.ipynb #7432e2d5
+# %% ../../nbs/cres/22_data.ipynb #077ec180
 def _mix(x: np.ndarray) -> np.ndarray:
     "A hash of 64-bit integers: the finaliser of SplitMix64 (Steele, Lea & Flood, OOPSLA 2014)."
     x = (x ^ (x >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
@@ -1396,7 +1394,7 @@ def event_lots(
         h = _mix(h * np.uint64(0x9E3779B97F4A7C15) + values.view(np.uint32).astype(np.uint64))
     return (h >> np.uint64(11)) * 2.0**-53
 
-# %% ../../nbs/cres/22_data.ipynb #1bf4df1e
+# %% ../../nbs/cres/22_data.ipynb #f49f0305
 @dataclasses.dataclass
 class SplitConfig:
     "How events are dealt to training, validation and test, and which are cut out of the first two."
@@ -1422,7 +1420,7 @@ class SplitConfig:
         valid, test = lots < self.valid + self.test, lots < self.test
         return tuple(np.flatnonzero(x) for x in (~valid & kept, valid & ~test & kept, test))
 
-# %% ../../nbs/cres/22_data.ipynb #12ecb226
+# %% ../../nbs/cres/22_data.ipynb #6dcc1a1b
 TARGETS = ("energy_eV",)
 
 def _targets(columns: dict, names: Sequence[str]) -> np.ndarray:  # (n, targets) float64
@@ -1431,7 +1429,7 @@ def _targets(columns: dict, names: Sequence[str]) -> np.ndarray:  # (n, targets)
         raise ConfigError(f"targets out of {', '.join(columns)}", missing[0], row="targets")
     return np.stack([columns[k] for k in names], 1) if names else np.empty((len(next(iter(columns.values()), ())), 0))
 
-# %% ../../nbs/cres/22_data.ipynb #b438c2f0
+# %% ../../nbs/cres/22_data.ipynb #28c6bd1d
 class EventBatches:
     "Batches (ts, targets) of events in memory; sized, and new in every epoch unless `fixed`."
 
@@ -1468,7 +1466,7 @@ class EventBatches:
         for index in (order % len(self.ts)).split(self.batch_size):
             yield self.ts[index], self.targets[index]
 
-# %% ../../nbs/cres/22_data.ipynb #b036cb4f
+# %% ../../nbs/cres/22_data.ipynb #91d95999
 def _check_batches(n: int, samples: int, batch_size: int, repeat: int) -> None:
     "Raise unless there are events with time series, and the numbers are at least 1."
     if not n or not samples:
@@ -1484,7 +1482,7 @@ def _recorded(events: Events, noise: str) -> np.ndarray:
         raise ConfigError(f"recorded noise out of {list(events.noise)}", repr(noise), row="noise")
     return events.noise[noise]
 
-# %% ../../nbs/cres/22_data.ipynb #c55ea293
+# %% ../../nbs/cres/22_data.ipynb #78e5a6eb
 class BlockBatches:
     "Batches (ts, targets) read from a store in blocks; sized, and new in every epoch unless `fixed`."
 
@@ -1526,7 +1524,7 @@ class BlockBatches:
         for ts, y in buffers:
             yield from zip(ts.split(self.batch_size), y.split(self.batch_size), strict=True)
 
-# %% ../../nbs/cres/22_data.ipynb #1b6a03b1
+# %% ../../nbs/cres/22_data.ipynb #d688d0ab
 def _epoch_order(batches: BlockBatches) -> np.ndarray:  # (n * repeat,) rows
     "The rows of an epoch: blocks in random order, each block as it lies on the disk."
     if batches.fixed:
@@ -1553,7 +1551,7 @@ class _Buffers(IterableDataset):
             ts = events.ts if b.noise is None else events.ts + events.noise[b.noise]
             yield torch.from_numpy(ts), torch.from_numpy(_targets(events.columns, b.targets))
 
-# %% ../../nbs/cres/22_data.ipynb #988eb1ec
+# %% ../../nbs/cres/22_data.ipynb #b273d7fa
 def plot_labels(
     events,  # `Events` or an `EventStore`
     bins: int = 50,  # of the histograms

@@ -416,7 +416,7 @@ def run_program(
     if argv[0] not in verbs:
         fail(program, f"no verb {argv[0]!r}; expected one of {', '.join(verbs)}")
     act, add, example = verbs[argv[0]]
-    parser = Parser(prog=f"{program} {argv[0]}", description=f"{act.__doc__} Example: {example}")
+    parser = Parser(prog=f"{program} {argv[0]}", description=f"{act.__doc__} Example: {example}", allow_abbrev=False)
     add(parser)
     guarded(parser.prog, lambda: act(parser.parse_args(argv[1:])))
 

@@ -327,7 +327,7 @@ def _read_published(path: Path, bins: int) -> tuple[np.ndarray, float]:
                             "export the histogram with pandas: DataFrame.to_hdf(file, key='energy_hist')")
         data = h5py.h5o.open(file, _VALUES)
         if not isinstance(data, h5py.h5d.DatasetID):
-            raise DataError("a dataset of counts", "a group", path, _VALUES.decode(), "export the histogram with pandas")
+            raise DataError("a dataset of counts", "a group", path, _VALUES.decode(), "export it with pandas")
         if data.shape != (bins, 1):
             raise DataError(f"one column of {bins} bins", f"shape {data.shape}", path, "energy_hist",
                             "export the whole histogram, or give the number of bins and their width")

@@ -125,8 +125,8 @@ class PairNet(nn.Module):
     """Attention RNN over the channels of a pair: (n, channels, bins) to raw outputs (n, outputs).
 
     Output 0 is the logit of P(FCCD1 > FCCD2); mode `signs` adds the logit of P(DLF1 > DLF2), mode `quantiles` the
-    ordered `QUANTILES` of DLF1. Pairs in both orders, (n, 2, channels, bins), give logits that change their sign when the
-    two spectra are exchanged. With `return_attention` the attention (n, segments), the mean of both orders, comes too.
+    ordered `QUANTILES` of DLF1. Pairs in both orders, (n, 2, channels, bins), give logits that change their sign when
+    the spectra are exchanged. With `return_attention` the attention (n, segments), the mean of both orders, comes too.
     """
 
     def __init__(self, bins: int, channels: int, config: PairNetConfig | None = None):

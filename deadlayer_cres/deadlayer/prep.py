@@ -282,11 +282,14 @@ class PairInputs(FittedStep):
 
     def check_edges(self, edges_keV: np.ndarray) -> None:
         "Raise `DataError` unless spectra have the bins that the network was trained on."
-        mine = self.edges_keV.cpu().numpy()
-        if mine.shape != np.shape(edges_keV) or not np.allclose(mine, edges_keV, atol=1e-3):
-            raise DataError(f"{len(mine) - 1} bins from {mine[0]:g} to {mine[-1]:g} keV",
-                            f"{len(edges_keV) - 1} bins from {edges_keV[0]:g} to {edges_keV[-1]:g} keV",
-                            remedy="cut and rebin the spectra as those of the training")
+        _same_edges(self.edges_keV.cpu().numpy(), edges_keV)
+
+# %% ../../nbs/deadlayer/13_prep.ipynb #0c086c88
+def _same_edges(mine: np.ndarray, edges_keV: np.ndarray) -> None:
+    if mine.shape != np.shape(edges_keV) or not np.allclose(mine, edges_keV, atol=1e-3):
+        raise DataError(f"{len(mine) - 1} bins from {mine[0]:g} to {mine[-1]:g} keV",
+                        f"{len(edges_keV) - 1} bins from {edges_keV[0]:g} to {edges_keV[-1]:g} keV",
+                        remedy="cut and rebin the spectra as those of the training")
 
 def _spread(x):
     "Standard deviation over the batch; 1 where nothing varies."

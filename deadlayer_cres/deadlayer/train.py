@@ -13,7 +13,15 @@ from dataclasses import dataclass, field
 import torch
 from safetensors import SafetensorError, safe_open
 
-from ..core import ConfigError, DataError, RunError, config_from_dict, default_device, derive_seed, seed_everything
+from deadlayer_cres.core import (
+    ConfigError,
+    DataError,
+    RunError,
+    config_from_dict,
+    default_device,
+    derive_seed,
+    seed_everything,
+)
 from .data import Spectra, SplitConfig, concatenate, read_spectra
 from .model import QUANTILES, LossConfig, PairLoss, PairNet, PairNetConfig
 from .prep import InputConfig, PairBatches, PairConfig, PairInputs, PairSource

@@ -54,7 +54,7 @@ def larmor_power(
     pitch_angle_deg,  # angle between velocity and field
     field_T,  # magnetic field
 ):  # W
-    r"Power radiated into free space, $P = e^2\omega_0^2\,(\gamma^2-1)\sin^2\theta/(6\pi\epsilon_0 c)$, $\omega_0=eB/m$."
+    r"Power radiated into free space, $P = e^2\omega_0^2(\gamma^2-1)\sin^2\theta/(6\pi\epsilon_0 c)$, $\omega_0=eB/m$."
     omega = LIGHT**2 * field_T / ELECTRON_MASS_EV
     beta_gamma = _momentum(energy_eV) / ELECTRON_MASS_EV
     return (CHARGE * omega * beta_gamma) ** 2 * _sine_squared(pitch_angle_deg) / (6 * math.pi * epsilon_0 * LIGHT)
@@ -91,7 +91,7 @@ class Cavity:
 
     def __post_init__(self):
         if not (self.radius_m > 0 and self.length_m > 0 and self.quality_factor >= 0):
-            raise ConfigError("a positive radius and length and a quality factor of at least 0", str(self), row="Cavity")
+            raise ConfigError("a positive radius and length, no negative quality factor", str(self), row="Cavity")
 
     @property
     def cylinder_resonance_Hz(self) -> float:
@@ -123,7 +123,7 @@ def purcell_power(
     cavity: Cavity,
     coupling_squared=1.0,  # square of the electron's coupling, or its mean along the orbit
 ) -> Tensor:  # W
-    r"Power lost to the mode, $P = (e v_\perp)^2\,Q\,\epsilon^2\,|H|^2/(2\epsilon_0\omega)$ with $\int\epsilon^2\,dV = 1$."
+    r"Power lost to the mode, $P = (e v_\perp)^2 Q\,\epsilon^2|H|^2/(2\epsilon_0\omega)$ with $\int\epsilon^2\,dV = 1$."
     energy_eV, pitch_angle_deg, frequency_Hz = _float64(energy_eV, pitch_angle_deg, frequency_Hz)
     volume = math.pi / 2 * cavity.radius_m**2 * cavity.length_m * (_J0_AT_ZERO / _J1_MAX) ** 2  # 1 / max of epsilon^2
     speed = LIGHT * _momentum(energy_eV) / (energy_eV + ELECTRON_MASS_EV)
@@ -347,8 +347,8 @@ def _check_map(r: np.ndarray, z: np.ndarray, B: np.ndarray, centre_m: float, pat
         if not (np.diff(x) > 0).all():
             raise DataError(f"rising {name}", "others", path, row=int(np.argmin(np.diff(x) > 0)) + 1)
     if r[0] != 0 or not z[0] <= centre_m <= z[-1]:
-        raise DataError("radii from 0 and positions around the centre", f"radii from {r[0]:g} m, positions from {z[0]:g} "
-                        f"to {z[-1]:g} m, centre {centre_m:g} m", path)
+        raise DataError("radii from 0 and positions around the centre", f"radii from {r[0]:g} m, positions from "
+                        f"{z[0]:g} to {z[-1]:g} m, centre {centre_m:g} m", path)
     if not (np.isfinite(B) & (B > 0)).all():
         i, j = np.argwhere(~(np.isfinite(B) & (B > 0)))[0]
         raise DataError("a finite field above 0", f"{B[i, j]}", path, row=f"r {r[i]:g} m, z {z[j]:g} m")
@@ -516,8 +516,8 @@ def _inputs(energy_eV, pitch_angle_deg, radius_m, *phases) -> list[Tensor]:
         good = good & v.isfinite()
     if not bool(good.all()):
         row = int(good.logical_not().nonzero()[0])
-        raise DataError("energies above 0, pitch angles above 0 and up to 90 degrees, radii of 0 or more, finite phases",
-                        ", ".join(f"{float(v[row]):g}" for v in values), row=row)
+        raise DataError("an energy above 0, a pitch angle above 0 and up to 90 degrees, a radius of 0 or more, "
+                        "finite phases", ", ".join(f"{float(v[row]):g}" for v in values), row=row)
     return list(values)
 
 def _start(trap: Trap, energy, pitch, radius) -> tuple[_Path, Tensor, Tensor]:
@@ -560,11 +560,13 @@ def orbit(
     modulation = 2 * math.pi * cyclotron_frequency(energy[:, None], running(pace * (circle - mean)))
 
     field = torch.where(trapped, trap.background_T + mean[:, 0], centre)
-    motion = AxialMotion(trapped, *(torch.where(trapped, v, 0.0) for v in (low, high, span / (2 * math.pi) / time[:, 0])),
+    f_axial = span / (2 * math.pi) / time[:, 0]
+    motion = AxialMotion(trapped, *(torch.where(trapped, v, 0.0) for v in (low, high, f_axial)),
                          cyclotron_frequency(energy, field), field)
     growth = ((trap.background_T + disc) / centre[:, None]).sqrt()
     sine = (pitch * (math.pi / 180)).sin()[:, None] * growth
-    return Orbit(motion, phase, pace * weight / time, z, radius[:, None] / growth, trap.background_T + circle, sine, modulation)
+    seen = trap.background_T + circle
+    return Orbit(motion, phase, pace * weight / time, z, radius[:, None] / growth, seen, sine, modulation)
 
 def axial_motion(
     trap: Trap,

@@ -310,7 +310,8 @@ def test_comb_lines_response_and_units():
     trap, cavity = default_trap(), Cavity()
     c = comb(trap, cavity, 18600.0, [88.5, 89.5], 4e-3, [0.3, 1.0], [0.1, -2.0], orders=[-2, -1, 0, 3, 4])
     assert c.order.tolist() == [-2, -1, 0, 3, 4] and c.amplitude.dtype == torch.complex128
-    close(c.frequency_Hz, c.motion.carrier_frequency_Hz[:, None] + c.order * c.motion.axial_frequency_Hz[:, None], rtol=1e-15)
+    carrier, axial = (v[:, None] for v in c.motion[4:2:-1])
+    close(c.frequency_Hz, carrier + c.order * axial, rtol=1e-15)
     assert (c.amplitude[:, [1, 3]] == 0).all() and (c.amplitude[:, [0, 2, 4]] != 0).all()
     plain = comb(trap, Cavity(quality_factor=0.0), 18600.0, [88.5, 89.5], 4e-3, orders=[-2, -1, 0, 3, 4])
     axial, cyclotron = torch.tensor([[[0.3], [1.0]], [[0.1], [-2.0]]], dtype=F64)
@@ -362,6 +363,17 @@ def test_untrapped_electrons_have_no_signal_and_no_nan():
         assert (v[~trapped] == 0).all() and (v[trapped] != 0).any()
     (sum(v.sum() for v in values)).backward()
     assert pitch.grad.isfinite().all() and radius.grad.isfinite().all() and (pitch.grad[4] != 0)
+
+
+def test_electron_that_escapes_on_one_side():
+    trap = CoilTrap(0.959, [-0.065, 0.065], [0.016, 0.016], [40.0, 25.0], symmetric=False)
+    pitch = torch.tensor([88.0, 89.0], dtype=F64, requires_grad=True)
+    c = comb(trap, Cavity(), 18600.0, pitch, 2e-3)
+    assert c.motion.trapped.tolist() == [False, True]
+    path = orbit(trap, 18600.0, pitch, 2e-3)
+    assert all(v.isfinite().all() for v in (c.frequency_Hz, c.amplitude.real, c.slope_Hz_per_s, *path[1:]))
+    (c.amplitude.abs().square().sum() + c.frequency_Hz.sum()).backward()
+    assert pitch.grad.isfinite().all()
 
 
 def test_ninety_degrees_is_the_limit():

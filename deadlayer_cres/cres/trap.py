@@ -7,7 +7,7 @@ __all__ = ['cyclotron_frequency', 'energy_from_frequency', 'larmor_power', 'chir
            'locust_power', 'Trap', 'HarmonicTrap', 'BathtubTrap', 'BoxTrap', 'CoilTrap', 'default_trap', 'FieldMapTrap',
            'read_field_map', 'AxialMotion', 'Orbit', 'orbit', 'axial_motion', 'pitch_weight', 'Comb', 'comb']
 
-# %% ../../nbs/cres/20_trap.ipynb #89b0d3f9
+# %% ../../nbs/cres/20_trap.ipynb #16f9767a
 import csv
 import functools
 import math
@@ -25,7 +25,7 @@ from torch import Tensor
 
 from ..core import ELECTRON_MASS_EV, ConfigError, DataError
 
-# %% ../../nbs/cres/20_trap.ipynb #a33e6dd2
+# %% ../../nbs/cres/20_trap.ipynb #22bf050e
 def cyclotron_frequency(
     energy_eV,  # kinetic energy; a number, array or tensor
     field_T,  # magnetic field
@@ -40,7 +40,7 @@ def energy_from_frequency(
     "Kinetic energy of an electron with the given cyclotron frequency: the inverse of `cyclotron_frequency`."
     return LIGHT**2 / (2 * math.pi) * field_T / frequency_Hz - ELECTRON_MASS_EV
 
-# %% ../../nbs/cres/20_trap.ipynb #68482c6c
+# %% ../../nbs/cres/20_trap.ipynb #c48dbc4c
 def _momentum(energy_eV):
     "Momentum times the speed of light in eV."
     return (energy_eV * (energy_eV + 2 * ELECTRON_MASS_EV)) ** 0.5
@@ -54,7 +54,7 @@ def larmor_power(
     pitch_angle_deg,  # angle between velocity and field
     field_T,  # magnetic field
 ):  # W
-    r"Power radiated into free space, $P = e^2\omega_0^2\,(\gamma^2-1)\sin^2\theta\,/\,(6\pi\epsilon_0 c)$, $\omega_0=eB/m$."
+    r"Power radiated into free space, $P = e^2\omega_0^2(\gamma^2-1)\sin^2\theta/(6\pi\epsilon_0 c)$, $\omega_0=eB/m$."
     omega = LIGHT**2 * field_T / ELECTRON_MASS_EV
     beta_gamma = _momentum(energy_eV) / ELECTRON_MASS_EV
     return (CHARGE * omega * beta_gamma) ** 2 * _sine_squared(pitch_angle_deg) / (6 * math.pi * epsilon_0 * LIGHT)
@@ -67,7 +67,7 @@ def chirp_rate(
     r"How fast the frequency rises as the electron loses energy, $\dot f = f\,P/(\gamma m c^2)$."
     return frequency_Hz * power_W / (CHARGE * (energy_eV + ELECTRON_MASS_EV))
 
-# %% ../../nbs/cres/20_trap.ipynb #fe08e90e
+# %% ../../nbs/cres/20_trap.ipynb #26697451
 _TE01_ZERO = 3.8317059702075125  # first zero of J1 above 0: the wall
 _J1_MAX, _J1_MAX_AT = 0.5818652242815963, 1.8411837813406593
 _J0_AT_ZERO = -0.40275939570255297  # J0 at the wall
@@ -79,7 +79,7 @@ def _bessel_j1(x: Tensor) -> Tensor:
         total = (-1) ** k / (math.factorial(k) * math.factorial(k + 1)) + t * total
     return x / 2 * total
 
-# %% ../../nbs/cres/20_trap.ipynb #64e95c05
+# %% ../../nbs/cres/20_trap.ipynb #f4626800
 @dataclass(frozen=True)
 class Cavity:
     "A cylindrical cavity with the mode TE011, centred on the trap. Lengths in m, frequencies in Hz."
@@ -91,7 +91,7 @@ class Cavity:
 
     def __post_init__(self):
         if not (self.radius_m > 0 and self.length_m > 0 and self.quality_factor >= 0):
-            raise ConfigError("a positive radius and length and a quality factor of at least 0", str(self), row="Cavity")
+            raise ConfigError("a positive radius and length, no negative quality factor", str(self), row="Cavity")
 
     @property
     def cylinder_resonance_Hz(self) -> float:
@@ -115,7 +115,7 @@ class Cavity:
         detuning = self.quality_factor * (frequency_Hz / f0 - f0 / frequency_Hz)
         return 1 / torch.complex(torch.ones_like(detuning), detuning)
 
-# %% ../../nbs/cres/20_trap.ipynb #9c88b234
+# %% ../../nbs/cres/20_trap.ipynb #278e7e9f
 def purcell_power(
     energy_eV,  # kinetic energy; a number or tensor
     pitch_angle_deg,  # angle between velocity and field
@@ -123,7 +123,7 @@ def purcell_power(
     cavity: Cavity,
     coupling_squared=1.0,  # square of the electron's coupling, or its mean along the orbit
 ) -> Tensor:  # W
-    r"Power lost to the mode, $P = (e v_\perp)^2\,Q\,\epsilon^2\,|H|^2/(2\epsilon_0\omega)$ with $\int\epsilon^2\,dV = 1$."
+    r"Power lost to the mode, $P = (e v_\perp)^2 Q\,\epsilon^2|H|^2/(2\epsilon_0\omega)$ with $\int\epsilon^2\,dV = 1$."
     energy_eV, pitch_angle_deg, frequency_Hz = _float64(energy_eV, pitch_angle_deg, frequency_Hz)
     volume = math.pi / 2 * cavity.radius_m**2 * cavity.length_m * (_J0_AT_ZERO / _J1_MAX) ** 2  # 1 / max of epsilon^2
     speed = LIGHT * _momentum(energy_eV) / (energy_eV + ELECTRON_MASS_EV)
@@ -131,6 +131,7 @@ def purcell_power(
     resonance = cavity.response(frequency_Hz).real  # equal to |H|^2
     return drive * cavity.quality_factor * resonance / (4 * math.pi * epsilon_0 * frequency_Hz)
 
+# %% ../../nbs/cres/20_trap.ipynb #1a991e05
 def locust_power(
     energy_eV,  # kinetic energy; a number or tensor
     pitch_angle_deg,  # angle between velocity and field
@@ -150,7 +151,7 @@ def _float64(*values) -> list[Tensor]:
     device = next((v.device for v in values if isinstance(v, Tensor)), None)
     return [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
 
-# %% ../../nbs/cres/20_trap.ipynb #f09649e8
+# %% ../../nbs/cres/20_trap.ipynb #ffc3342f
 class Trap:
     """A magnetic trap. One of your own needs `background_T`, `excess` and `reach_m`; the rest has defaults.
 
@@ -179,7 +180,7 @@ class Trap:
         also, lower = _turning_point(rise, target_T, self.centre_m, self.reach_m[0])
         return trapped & also, lower, upper
 
-# %% ../../nbs/cres/20_trap.ipynb #824b857f
+# %% ../../nbs/cres/20_trap.ipynb #b9e55257
 @dataclass(eq=False)
 class HarmonicTrap(Trap):
     r"$B = B_0\,(1 + z^2/L_0^2)$ at every radius."
@@ -194,6 +195,7 @@ class HarmonicTrap(Trap):
         z = self.length_m * (target_T / self.background_T).sqrt()
         return torch.ones_like(z, dtype=torch.bool), -z, z
 
+# %% ../../nbs/cres/20_trap.ipynb #53deb877
 @dataclass(eq=False)
 class BathtubTrap(Trap):
     r"Flat over a length $L_1$, harmonic beyond: $B = B_0\,(1 + (|z| - L_1/2)^2/L_0^2)$ at every radius."
@@ -213,6 +215,7 @@ class BathtubTrap(Trap):
         z = self.flat_m / 2 + self.length_m * (target_T / self.background_T).sqrt()
         return torch.ones_like(z, dtype=torch.bool), -z, z
 
+# %% ../../nbs/cres/20_trap.ipynb #29d60e89
 @dataclass(eq=False)
 class BoxTrap(Trap):
     r"Flat over a length $L_1$, between two thin walls of field."
@@ -228,7 +231,7 @@ class BoxTrap(Trap):
         z = 0 * target_T + self.flat_m / 2
         return target_T <= self.depth_T, -z, z
 
-# %% ../../nbs/cres/20_trap.ipynb #835e91a6
+# %% ../../nbs/cres/20_trap.ipynb #a7ffc86c
 def _loop_field(a: Tensor, r: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     "Axial and radial field of a loop over (mu_0 I / 2 pi), in 1/m, at radius `r` and height `z` over its plane."
     far, near = (a + r) ** 2 + z**2, (a - r) ** 2 + z**2
@@ -243,7 +246,7 @@ def _loop_field(a: Tensor, r: Tensor, z: Tensor) -> tuple[Tensor, Tensor]:
     axial = K * (1 + (a * a - r * r - z * z) / near * (1 - m / 2 - m * m * s))
     return axial, K * (0.25 - (1 - m / 2) * s) * p * p * r * z * far / near
 
-# %% ../../nbs/cres/20_trap.ipynb #f2a3941e
+# %% ../../nbs/cres/20_trap.ipynb #a5355e5c
 class CoilTrap(Trap):
     "Circular current loops around the axis in a homogeneous field, exact at every radius."
 
@@ -276,6 +279,7 @@ class CoilTrap(Trap):
         axial = self.background_T + b_z
         return b_z + b_r**2 / ((axial**2 + b_r**2).sqrt() + axial)
 
+# %% ../../nbs/cres/20_trap.ipynb #cc9bece8
 def _mirrored(z_m: Tensor, radius_m: Tensor, current_A: Tensor) -> bool:
     "Whether the loops are the same when seen from the other side."
     same = abs(z_m + z_m[:, None]) < 1e-9 * abs(z_m).max() + 1e-12
@@ -283,13 +287,13 @@ def _mirrored(z_m: Tensor, radius_m: Tensor, current_A: Tensor) -> bool:
         same = same & (abs(v - v[:, None]) < 1e-9 * abs(v).max())
     return bool(same.any(1).all())
 
-# %% ../../nbs/cres/20_trap.ipynb #8197822d
+# %% ../../nbs/cres/20_trap.ipynb #32abeab2
 def default_trap() -> CoilTrap:
     "A trap like that of the published simulations: 0.959 T, 13 cm long, 1.27 mT deep on the axis."
     return CoilTrap(0.959, [-0.065, 0.065, -0.0347, 0.0347], [0.016, 0.016, 0.0265, 0.0265],
                     [32.87, 32.87, -2.33, -2.33])
 
-# %% ../../nbs/cres/20_trap.ipynb #208c8881
+# %% ../../nbs/cres/20_trap.ipynb #1cb35a84
 class FieldMapTrap(Trap):
     """A table of the absolute field, interpolated by cubic splines.
 
@@ -333,7 +337,7 @@ class FieldMapTrap(Trap):
         c = ((c[..., 0] * y[..., None] + c[..., 1]) * y[..., None] + c[..., 2]) * y[..., None] + c[..., 3]
         return self.scale * (((c[..., 0] * x + c[..., 1]) * x + c[..., 2]) * x + c[..., 3])
 
-# %% ../../nbs/cres/20_trap.ipynb #86ba9f3c
+# %% ../../nbs/cres/20_trap.ipynb #a2f01df0
 def _check_map(r: np.ndarray, z: np.ndarray, B: np.ndarray, centre_m: float, path) -> None:
     "Raise `DataError` unless B is a finite, positive field on a rising grid from r = 0 around the centre."
     if r.ndim != 1 or z.ndim != 1 or min(len(r), len(z)) < 4 or B.shape != (len(r), len(z)):
@@ -343,12 +347,13 @@ def _check_map(r: np.ndarray, z: np.ndarray, B: np.ndarray, centre_m: float, pat
         if not (np.diff(x) > 0).all():
             raise DataError(f"rising {name}", "others", path, row=int(np.argmin(np.diff(x) > 0)) + 1)
     if r[0] != 0 or not z[0] <= centre_m <= z[-1]:
-        raise DataError("radii from 0 and positions around the centre", f"radii from {r[0]:g} m, positions from {z[0]:g} "
-                        f"to {z[-1]:g} m, centre {centre_m:g} m", path)
+        raise DataError("radii from 0 and positions around the centre", f"radii from {r[0]:g} m, positions from "
+                        f"{z[0]:g} to {z[-1]:g} m, centre {centre_m:g} m", path)
     if not (np.isfinite(B) & (B > 0)).all():
         i, j = np.argwhere(~(np.isfinite(B) & (B > 0)))[0]
         raise DataError("a finite field above 0", f"{B[i, j]}", path, row=f"r {r[i]:g} m, z {z[j]:g} m")
 
+# %% ../../nbs/cres/20_trap.ipynb #c14942a7
 def read_field_map(
     path: str | os.PathLike,  # .csv with columns r_m, z_m, field_T, or .npz with arrays of these names
     scale: float | Tensor = 1.0,  # factor on the field's difference from that at the centre
@@ -372,7 +377,7 @@ def read_field_map(
 
 _MAP = ("r_m", "z_m", "field_T")
 
-# %% ../../nbs/cres/20_trap.ipynb #5f5bf93f
+# %% ../../nbs/cres/20_trap.ipynb #37ada3c4
 class _Path(NamedTuple):
     "The field along the path of electrons, each value (n, 1)."
 
@@ -389,7 +394,7 @@ class _Path(NamedTuple):
             disc = disc + slope * s * (start - disc) / (self.trap.background_T + disc)
         return disc, disc + slope * self.larmor**2 / 2
 
-# %% ../../nbs/cres/20_trap.ipynb #aee7b377
+# %% ../../nbs/cres/20_trap.ipynb #fdd5a742
 _SCAN = 33  # positions from the centre to the end of the reach
 
 def _peak(rise: Callable, z: Tensor, step: float) -> Tensor:
@@ -411,7 +416,7 @@ def _bracket(rise: Callable, target: Tensor, centre: float, end: float) -> tuple
     before = torch.where(crossed, grid[first - 1], grid[top - 1])
     return crossed | (rise(peak[:, None])[:, 0] >= target), before, torch.where(crossed, grid[first], peak)
 
-# %% ../../nbs/cres/20_trap.ipynb #2684ae8f
+# %% ../../nbs/cres/20_trap.ipynb #cb2b4a26
 def _turning_point(rise: Callable, target: Tensor, centre: float, end: float) -> tuple[Tensor, Tensor]:
     "Trapped or not, and where `rise` first is `target` between `centre` and `end` (its maximum if it never is), (n,)."
     h = 1e-5 * abs(end - centre)
@@ -436,7 +441,7 @@ def _turning_point(rise: Callable, target: Tensor, centre: float, end: float) ->
         slope = torch.where(slope.isfinite(), (a - 8 * b + 8 * c - d) / (120 * h), torch.inf)
     return trapped, z - (rise(z[:, None])[:, 0] - target) / slope
 
-# %% ../../nbs/cres/20_trap.ipynb #b7f6b711
+# %% ../../nbs/cres/20_trap.ipynb #654fbbb2
 @functools.cache
 def _gauss(nodes: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Gauss-Legendre nodes, weights, and the matrix that integrates from the lower end to each node, on [0, 1]."
@@ -465,7 +470,7 @@ def _edges(trap: Trap, low: Tensor, high: Tensor) -> Tensor:
         kinks = [torch.asin(((b - middle) / half).clamp(-1 + 1e-8, 1 - 1e-8)) for b in trap.breaks_m]
         return torch.stack([start, *kinks, torch.full_like(low, math.pi / 2)], 1)
 
-# %% ../../nbs/cres/20_trap.ipynb #dd4f40cb
+# %% ../../nbs/cres/20_trap.ipynb #361767da
 class AxialMotion(NamedTuple):
     """The motion along the trap of n electrons, each field a tensor (n,).
 
@@ -494,7 +499,7 @@ class Orbit(NamedTuple):
     sine: Tensor  # of the pitch angle
     modulation: Tensor  # radians by which the cyclotron phase is ahead of the mean frequency, 0 at the turning points
 
-# %% ../../nbs/cres/20_trap.ipynb #d0293dd7
+# %% ../../nbs/cres/20_trap.ipynb #0cbbce33
 def _inputs(energy_eV, pitch_angle_deg, radius_m, *phases) -> list[Tensor]:
     "The arguments as float64 tensors (n,); `DataError` if impossible."
     values = [torch.atleast_1d(v) for v in _float64(energy_eV, pitch_angle_deg, radius_m, *phases)]
@@ -511,8 +516,8 @@ def _inputs(energy_eV, pitch_angle_deg, radius_m, *phases) -> list[Tensor]:
         good = good & v.isfinite()
     if not bool(good.all()):
         row = int(good.logical_not().nonzero()[0])
-        raise DataError("energies above 0, pitch angles above 0 and up to 90 degrees, radii of 0 or more, finite phases",
-                        ", ".join(f"{float(v[row]):g}" for v in values), row=row)
+        raise DataError("an energy above 0, a pitch angle above 0 and up to 90 degrees, a radius of 0 or more, "
+                        "finite phases", ", ".join(f"{float(v[row]):g}" for v in values), row=row)
     return list(values)
 
 def _start(trap: Trap, energy, pitch, radius) -> tuple[_Path, Tensor, Tensor]:
@@ -524,7 +529,7 @@ def _start(trap: Trap, energy, pitch, radius) -> tuple[_Path, Tensor, Tensor]:
     cotangent = angle.cos().clamp(min=1e-5) / angle.sin()  # within 0.0006 degrees of 90, nothing changes any more
     return path, start, (trap.background_T + start[:, 0]) * cotangent**2
 
-# %% ../../nbs/cres/20_trap.ipynb #9a34276c
+# %% ../../nbs/cres/20_trap.ipynb #272500dd
 def orbit(
     trap: Trap,
     energy_eV,  # (n,) kinetic energy
@@ -555,11 +560,13 @@ def orbit(
     modulation = 2 * math.pi * cyclotron_frequency(energy[:, None], running(pace * (circle - mean)))
 
     field = torch.where(trapped, trap.background_T + mean[:, 0], centre)
-    motion = AxialMotion(trapped, *(torch.where(trapped, v, 0.0) for v in (low, high, span / (2 * math.pi) / time[:, 0])),
+    f_axial = span / (2 * math.pi) / time[:, 0]
+    motion = AxialMotion(trapped, *(torch.where(trapped, v, 0.0) for v in (low, high, f_axial)),
                          cyclotron_frequency(energy, field), field)
     growth = ((trap.background_T + disc) / centre[:, None]).sqrt()
     sine = (pitch * (math.pi / 180)).sin()[:, None] * growth
-    return Orbit(motion, phase, pace * weight / time, z, radius[:, None] / growth, trap.background_T + circle, sine, modulation)
+    seen = trap.background_T + circle
+    return Orbit(motion, phase, pace * weight / time, z, radius[:, None] / growth, seen, sine, modulation)
 
 def axial_motion(
     trap: Trap,
@@ -570,7 +577,7 @@ def axial_motion(
     "Turning points, axial frequency and mean cyclotron frequency. Raises `DataError` for impossible parameters."
     return orbit(trap, energy_eV, pitch_angle_deg, radius_m).motion
 
-# %% ../../nbs/cres/20_trap.ipynb #4a2e9a8f
+# %% ../../nbs/cres/20_trap.ipynb #fd862483
 def pitch_weight(
     trap: Trap,
     energy_eV,  # (n,) kinetic energy
@@ -583,7 +590,7 @@ def pitch_weight(
     period = 1 / torch.where(motion.trapped, motion.axial_frequency_Hz, torch.inf)
     return angle.sin() / 2 * period
 
-# %% ../../nbs/cres/20_trap.ipynb #2d1e1c97
+# %% ../../nbs/cres/20_trap.ipynb #815d68eb
 class Comb(NamedTuple):
     """The lines that the cavity receives from n electrons.
 
@@ -607,7 +614,7 @@ def _lines(path: Orbit, profile: Tensor, order: Tensor, symmetric: bool) -> Tens
     imag = torch.zeros_like(real) if symmetric else (1 - even) * (angle.sin() @ weight)[..., 0]
     return torch.complex(real, imag)
 
-# %% ../../nbs/cres/20_trap.ipynb #3cd1e4e6
+# %% ../../nbs/cres/20_trap.ipynb #754775ce
 def comb(
     trap: Trap,
     cavity: Cavity,

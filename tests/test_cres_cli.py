@@ -159,7 +159,7 @@ def test_prepare_refuses_bad_files(capfd, name, word):
 
 def test_prepare_refuses_another_sampling_rate_and_no_input(capfd):
     write_store(simulate_events(4, SimulateConfig()), "a.h5")
-    refused(capfd, ["prepare", "a.h5", "--out", "out", "--sampling_rate_Hz", "2e8"], "a.h5", "2e+08")
+    refused(capfd, ["prepare", "a.h5", "--out", "out", "--sampling_rate_Hz", "2e8"], "a.h5", "200000000")
     refused(capfd, ["prepare", "nowhere", "--out", "out"], "nowhere")
     refused(capfd, ["prepare", "a.h5", "--out", "a.h5"], "a.h5")
 
@@ -169,8 +169,9 @@ def test_the_real_egg(capfd):
     if folder is None:
         pytest.skip("the real files are not here: set DEADLAYER_CRES_DATA")
     egg = folder / "locust_mc_testSignal.egg"
-    refused(capfd, ["prepare", egg, "--out", "out"], egg.name)  # it has no truth
-    refused(capfd, ["prepare", egg, "--out", "out", "--require", "[]", "--sampling_rate_Hz", "403e6"], egg.name, "4.03e+08")
+    refused(capfd, ["prepare", egg, "--out", "out"], "truth", "LocustEventProperties")
+    rate = ["--sampling_rate_Hz", "403e6"]
+    refused(capfd, ["prepare", egg, "--out", "out", "--require", "[]", *rate], egg.name, "403000000")
     cres(["prepare", str(egg), "--out", "out", "--require", "[]"])
     e = read_store("out")
     z = (e.ts[0, 0] + 1j * e.ts[0, 1]).astype(complex)

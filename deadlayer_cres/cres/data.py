@@ -34,6 +34,7 @@ from torch.utils.data import DataLoader, IterableDataset, get_worker_info
 from deadlayer_cres.core import (
     ConfigError,
     DataError,
+    InputError,
     atomic_path,
     checksum,
     derive_seed,
@@ -185,10 +186,10 @@ def _refuse(path: Path, overwrite: bool) -> None:
 class ShardWriter:
     """Write a store shard by shard; after a kill, the same job goes on where it stopped.
 
-        writer = ShardWriter("events", job={"seed": 0, "events": 4096})
-        for i in writer.missing(4):
-            writer.write(i, make(i))
-        writer.finish(4)
+        with ShardWriter("events", job={"seed": 0, "events": 4096}) as writer:
+            for i in writer.missing(4):
+                writer.write(i, make(i))
+            writer.finish(4)
 
     Shards may be written in any order and by several processes (the writer can be pickled). Raises a `DataError` if
     `path` is taken, or if `<path>.part` belongs to another job.
@@ -207,12 +208,15 @@ class ShardWriter:
         _refuse(self.path, overwrite)
         job = {"format": FORMAT, "version": VERSION, "job": json.loads(json.dumps(to_plain(job)))}
         with _writing(self.work):
-            if self.work.exists() and not _resumes(self.work, job, overwrite):
-                shutil.rmtree(self.work)
-            self.work.mkdir(parents=True, exist_ok=True)
-            for left_over in self.work.glob(".*.part"):
-                left_over.unlink(missing_ok=True)
-            write_json(self.work / JOB, job)
+            _make_room(self.work, job, overwrite)
+
+    def __enter__(self) -> "ShardWriter":
+        return self
+
+    def __exit__(self, kind, *_) -> None:
+        "After an error of the user's, an unfinished store that holds no shard yet is removed."
+        if kind is not None and issubclass(kind, InputError) and not any(self.work.glob("shard_*.h5")):
+            shutil.rmtree(self.work, ignore_errors=True)
 
     def shard(self, number: int) -> Path:
         "Where shard `number` is while the store is unfinished."
@@ -240,6 +244,15 @@ class ShardWriter:
         return index
 
 # %% ../../nbs/cres/22_data.ipynb #6c1d9aad
+def _make_room(work: Path, job: dict, overwrite: bool) -> None:
+    "The folder of an unfinished store, with its job noted and without half-written files."
+    if work.exists() and not _resumes(work, job, overwrite):
+        shutil.rmtree(work)
+    work.mkdir(parents=True, exist_ok=True)
+    for left_over in work.glob(".*.part"):
+        left_over.unlink(missing_ok=True)
+    write_json(work / JOB, job)
+
 def _resumes(work: Path, job: dict, overwrite: bool) -> bool:
     "Whether the unfinished store is of this job; a `DataError` if it is of another and may not be dropped."
     if not (work / JOB).exists():
@@ -1335,19 +1348,19 @@ def prepare(
     paths = _expand(inputs)
     tasks = dict(enumerate(_plan(paths, config)))
     stats = [(str(p), (info := p.stat()).st_size, info.st_mtime_ns) for p in paths]
-    writer = ShardWriter(out, {"prepare": dataclasses.asdict(config), "inputs": stats}, overwrite)
-    todo = {i: tasks[i] for i in writer.missing(len(tasks))}
-    first = None
-    for i in sorted(tasks.keys() - todo.keys()):
-        first = _check_shard(writer, first, i)
-    done = (_on_cluster(scheduler, writer, todo, config) if scheduler else
-            (_prepare_task(writer, i, pieces, config) for i, pieces in todo.items()))
-    for i in progress(done, "preparing", len(todo), "shard", disable=not show_progress):
-        first = _check_shard(writer, first, i)
-    if first is None:
-        raise DataError("at least one trapped event", "none", paths[0],
-                        remedy="check the files, or keep untrapped ones")
-    index = writer.finish(len(tasks))
+    with ShardWriter(out, {"prepare": dataclasses.asdict(config), "inputs": stats}, overwrite) as writer:
+        todo = {i: tasks[i] for i in writer.missing(len(tasks))}
+        first = None
+        for i in sorted(tasks.keys() - todo.keys()):
+            first = _check_shard(writer, first, i)
+        done = (_on_cluster(scheduler, writer, todo, config) if scheduler else
+                (_prepare_task(writer, i, pieces, config) for i, pieces in todo.items()))
+        for i in progress(done, "preparing", len(todo), "shard", disable=not show_progress):
+            first = _check_shard(writer, first, i)
+        if first is None:
+            raise DataError("at least one trapped event", "none", paths[0],
+                            remedy="check the files, or keep untrapped ones")
+        index = writer.finish(len(tasks))
     reports = {}
     for source in (r for p in index["provenance"] for r in p["sources"]):
         reports.setdefault(source["path"], FileReport(source["path"])).add(FileReport(**source))

@@ -580,7 +580,8 @@ def _scattered(self: Simulator, old: Tracks, number: int, n: int, first: int) ->
     lost_eV = old.comb.power_W * c["track_length_s"] / CHARGE
     energy, pitch = scatter(c["energy_eV"] - lost_eV, c["pitch_angle_deg"], u[:, :4])
     going = axial_motion(self.trap, energy, pitch, c["radius_m"]).trapped & (end < self.duration_s * (1 - 1e-12))
-    drawn = {"energy_eV": energy, "pitch_angle_deg": pitch, "radius_m": c["radius_m"], "radius_phase": c["radius_phase"],
+    drawn = {"energy_eV": energy, "pitch_angle_deg": pitch, "radius_m": c["radius_m"],
+             "radius_phase": c["radius_phase"],
              "axial_phase": math.pi * (2 * u[:, 4] - 1), "cyclotron_phase": math.pi * (2 * u[:, 5] - 1),
              "start_time_s": end, "track_length_s": -self.config.tracks.mean_length_s * u[:, 6].log()}
     return self.track(old.event[going], {k: v[going] for k, v in drawn.items()})
@@ -753,13 +754,13 @@ def simulate_store(
 ) -> dict:  # the store's index
     "Simulate a store of `config.events` events; run again after a kill, it goes on. Raises as `ShardWriter` does."
     simulator = Simulator(config, device=device, **options)
-    writer = ShardWriter(path, _job(simulator), overwrite=overwrite)
     size = config.events_per_shard
     shards = -(-config.events // size)
-    with progress(writer.missing(shards), desc="simulate", unit="shard") as bar:
-        for i in bar:
-            writer.write(i, simulator.events(min(size, config.events - i * size), first=i * size))
-    return writer.finish(shards)
+    with ShardWriter(path, _job(simulator), overwrite=overwrite) as writer:
+        with progress(writer.missing(shards), desc="simulate", unit="shard") as bar:
+            for i in bar:
+                writer.write(i, simulator.events(min(size, config.events - i * size), first=i * size))
+        return writer.finish(shards)
 
 # %% ../../nbs/cres/21_simulate.ipynb #fc4b8445
 class EventStream:

@@ -672,7 +672,7 @@ def _events(
     first: int = 0,
     noise: Literal["none", "added", "kept"] | None = None,  # None: as the config says
 ) -> Events:
-    "Events `first` to `first + n - 1` in the memory of the host, with noise that depends on the seed and the event alone."
+    "Events `first` to `first + n - 1` in the host's memory; the noise depends on the seed and the event alone."
     r, noise = self.config.receiver, noise or self.config.noise
     ts, columns = self.signal(n, first)
     record = torch.zeros_like(ts) if noise == "kept" else ts
@@ -775,7 +775,8 @@ class EventStream:
         noise: bool = True,
         fixed: bool = False,  # the same events in each epoch, none of them in the other stream
     ):
-        _check(n_batches > 0 and batch_size > 0, "at least one batch of one event", f"{n_batches} of {batch_size}", "stream")
+        _check(n_batches > 0 and batch_size > 0, "at least one batch of one event", f"{n_batches} of {batch_size}",
+               "stream")
         unknown = [k for k in targets if k not in (*LABELS, "snr")]
         _check(targets and not unknown, f"targets out of {', '.join(LABELS)}, snr", unknown or "none", "targets")
         self.simulator = simulator.reseeded("valid" if fixed else "train")

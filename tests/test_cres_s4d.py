@@ -253,6 +253,12 @@ def test_autocast_leaves_the_convolution_alone(dtype):
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
 
 
+def test_convolution_of_half_precision_input_is_float32():
+    u, kernel, skip = torch.randn(2, 6, 300).bfloat16(), torch.randn(1, 6, 300), torch.randn(6, 1)
+    found = long_convolution(u, kernel, skip)
+    assert found.dtype == torch.float32 and torch.equal(found, long_convolution(u.float(), kernel, skip))
+
+
 @pytest.mark.parametrize("made", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_optimiser_groups(made):
     net = made(torch.nn.Sequential(seeded(small(lr=3e-4)), torch.nn.Conv1d(6, 1, 1)))

@@ -16,8 +16,8 @@ see the same machine; the ratio is taken turn by turn. H = 128 channels, N = 64,
 - training_stored: the same with that saving switched off in the published network; two turns at most.
 - long: one layer of ours on 163,840 samples, forward and backward, with the peak memory of its process.
 
-On a machine with a GPU all but `check` run there too. If pykeops is installed, `kernel` also times the kernel as its
-symbolic sum, the way in which the reference implementation of S4 saves memory where its CUDA extension is missing.
+On a machine with a GPU all but `check` run there too. On a busy machine give --threads 1: threads that wait for each
+other lose more than their share.
 """
 import argparse
 import importlib
@@ -179,24 +179,6 @@ class Ours(Program):
         return result | {"process_peak_MB": rounded(kB / 1024)}
 
 
-class KeOps(Program):
-    "Our parameters in a kernel that is summed symbolically by pykeops."
-
-    def kernel(self):
-        return Ours.kernel(self)
-
-    def evaluate(self, kernel):
-        from pykeops.torch import ComplexLazyTensor, LazyTensor
-
-        torch = self.torch
-        log_z, weights = kernel.poles()
-        w, c = (torch.complex(*p.float().unbind(0)) for p in (log_z, weights[:, 0]))
-        steps = torch.arange(SAMPLES, dtype=torch.float32, device=w.device)
-        w, c = (ComplexLazyTensor(torch.view_as_real(p.contiguous())[:, None, :, :]) for p in (w, c))
-        total = ((LazyTensor(steps[None, :, None, None]) * w).exp() * c).sum(dim=2)
-        return total[..., 0] if total.shape[-1] == 2 else total.real
-
-
 def measure(workers: list[Worker], task: str, device: str, options) -> dict:
     "Run `task` on all workers in turns; seconds per call, and the ratios to ours turn by turn."
     result = {w.name: w.ask("prepare", task=task, device=device) for w in workers}
@@ -229,8 +211,6 @@ def run_device(device: str, options) -> dict:
             del programs["published"]
         if task == "long":
             programs = {"ours": Ours}
-        elif task == "kernel" and importlib.util.find_spec("pykeops"):
-            programs["keops"] = KeOps
         if task in ("check", "training_stored") and "published" not in programs or task == "check" and device != "cpu":
             continue
         workers = [Worker(name, program, options) for name, program in programs.items()]

@@ -80,7 +80,7 @@ def test_gradients_are_those_of_the_plain_sum(init, rule):
 
 def test_kernel_of_a_full_track_keeps_its_phase():
     "163,840 samples: a phase error of 1e-7 per sample would show as 2e-2."
-    kernel = seeded(small(channels=2, init="fourier", memory_samples=163_840, **BAND), S4DKernel)
+    kernel = seeded(small(channels=1, state=8, init="fourier", memory_samples=163_840, **BAND), S4DKernel)
     assert relative(kernel(163_840), plain_kernel(kernel, 163_840)) < 2e-6
 
 
@@ -164,11 +164,11 @@ def test_causal_unless_bidirectional():
 @each_init
 def test_stream_and_chunks_equal_the_convolution(init, rule):
     layer = seeded(small(init=init, discretisation=rule)).eval()
-    u = torch.randn(3, 6, 1200)
+    u = torch.randn(3, 6, 500)
     with torch.no_grad():
         whole = layer(u)
         state, y = layer.initial_state(3), []
-        for part in u.split([1, 500, 2, 697], dim=-1):
+        for part in u.split([1, 200, 2, 297], dim=-1):
             out, state = layer.chunk(part, state)
             y.append(out)
         assert (torch.cat(y, -1) - whole).abs().max() < 1e-4
@@ -253,6 +253,12 @@ def test_autocast_leaves_the_convolution_alone(dtype):
     assert all(torch.isfinite(p.grad).all() for p in layer.parameters())
 
 
+def test_convolution_of_half_precision_input_is_float32():
+    u, kernel, skip = torch.randn(2, 6, 300).bfloat16(), torch.randn(1, 6, 300), torch.randn(6, 1)
+    found = long_convolution(u, kernel, skip)
+    assert found.dtype == torch.float32 and torch.equal(found, long_convolution(u.float(), kernel, skip))
+
+
 @pytest.mark.parametrize("made", [lambda x: x, copy.deepcopy, lambda x: pickle.loads(pickle.dumps(x))])
 def test_optimiser_groups(made):
     net = made(torch.nn.Sequential(seeded(small(lr=3e-4)), torch.nn.Conv1d(6, 1, 1)))
@@ -297,9 +303,10 @@ def test_fourier_poles_lie_on_the_bins_of_the_band():
     log_z = kernel.poles()[0]
     bins = log_z[1] / (2 * math.pi) * 8192
     torch.testing.assert_close(bins, bins.round(), rtol=0, atol=1e-3)
+    bins = bins.round().long()
     assert bins.min() >= math.floor(8192 * 0.067) and bins.max() <= math.ceil(8192 * 0.223)
-    assert set(range(math.ceil(8192 * 0.067), math.floor(8192 * 0.223))) <= set(bins.round().long().flatten().tolist())
-    assert ((bins[:, 1:] - bins[:, :-1]).round() == 1).all()
+    assert set(range(math.ceil(8192 * 0.067), math.floor(8192 * 0.223))) <= set(bins.flatten().tolist())
+    assert (bins[:, 1:] - bins[:, :-1] == 1).all()
     torch.testing.assert_close(log_z[0], torch.full_like(log_z[0], -1 / 8192), rtol=1e-5, atol=0)
 
 

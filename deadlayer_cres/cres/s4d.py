@@ -6,7 +6,7 @@
 __all__ = ['discretise', 'pole_powers', 'geometric_sum', 'end_state', 'long_convolution', 'S4DConfig', 'legs_frequencies',
            'initial_poles', 'S4DKernel', 'advance', 'ring_on', 'S4D']
 
-# %% ../../nbs/cres/24_s4d.ipynb #a55695e7
+# %% ../../nbs/cres/24_s4d.ipynb #92c128b8
 import math
 from dataclasses import dataclass
 from typing import Literal
@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 from ..core import ConfigError, DataError
 
-# %% ../../nbs/cres/24_s4d.ipynb #1ba1d3e1
+# %% ../../nbs/cres/24_s4d.ipynb #9e62ce7d
 def _times(a: torch.Tensor, b: torch.Tensor) -> torch.Tensor:
     "The product of complex numbers given as pairs (2, ...)."
     return torch.stack([a[0] * b[0] - a[1] * b[1], a[0] * b[1] + a[1] * b[0]])
@@ -40,7 +40,7 @@ def discretise(
     angle = torch.atan2(b / 2, 1 + a / 2) + torch.atan2(b / 2, 1 - a / 2)
     return torch.stack([log_radius, angle]), step * torch.stack([1 - a / 2, b / 2]) / size
 
-# %% ../../nbs/cres/24_s4d.ipynb #07668cd6
+# %% ../../nbs/cres/24_s4d.ipynb #a6727fb9
 def pole_powers(
     log_z: torch.Tensor,  # (2, H, n) ln|z| and arg z, float64
     exponents: torch.Tensor,  # (K,) whole numbers >= 0
@@ -71,7 +71,7 @@ def geometric_sum(
     total = torch.einsum("khna,hnb->khab", left, torch.cat([fine[0], fine[1]], dim=-2))
     return total.flatten(-2)[..., :length]
 
-# %% ../../nbs/cres/24_s4d.ipynb #d6b0a60c
+# %% ../../nbs/cres/24_s4d.ipynb #3b6cd630
 def end_state(
     u: torch.Tensor,  # (B, H, L) input
     log_z: torch.Tensor,  # (2, H, n) ln|z| and arg z, float64
@@ -83,7 +83,7 @@ def end_state(
     inner = torch.einsum("khab,phnb->pkhna", latest_first, fine)
     return _times(inner, coarse.unsqueeze(1)).double().sum(-1)
 
-# %% ../../nbs/cres/24_s4d.ipynb #c892bb86
+# %% ../../nbs/cres/24_s4d.ipynb #e3f463b0
 def long_convolution(
     u: torch.Tensor,  # (B, H, L) input
     kernel: torch.Tensor,  # (1, H, L) causal kernel, or (2, H, L): a causal one and one for the samples to come
@@ -99,7 +99,7 @@ def long_convolution(
         spectrum = torch.fft.rfft(filter) + skip.float()
         return torch.fft.irfft(torch.fft.rfft(u.float(), n=size) * spectrum, n=size)[..., :length]
 
-# %% ../../nbs/cres/24_s4d.ipynb #be0d3c9d
+# %% ../../nbs/cres/24_s4d.ipynb #9d263e05
 @dataclass
 class S4DConfig:
     "How an S4D layer is built."
@@ -137,7 +137,7 @@ class S4DConfig:
             raise ConfigError(f"a band of at least state / 2 = {self.state // 2} bins", f"{bins:.4g} bins",
                               row="band_high", remedy="widen the band, lengthen memory_samples or take fewer poles")
 
-# %% ../../nbs/cres/24_s4d.ipynb #ccc076fb
+# %% ../../nbs/cres/24_s4d.ipynb #fcbd4bd9
 def legs_frequencies(n: int) -> torch.Tensor:  # (n / 2,) float64, ascending
     "Positive imaginary parts of the eigenvalues of the normal part of the n x n HiPPO-LegS matrix (Gu et al. 2022)."
     root = torch.sqrt(2 * torch.arange(n, dtype=torch.float64) + 1)
@@ -162,7 +162,7 @@ def initial_poles(
     step = config.dt_min * torch.exp(spread * torch.rand(h, 1)).double()
     return frequency.expand(h, n).clone(), step
 
-# %% ../../nbs/cres/24_s4d.ipynb #7db1371b
+# %% ../../nbs/cres/24_s4d.ipynb #9ecb8921
 _LOG_DECAY, _LOG_STEP = (math.log(1e-4), math.log(1e4)), (-20.0, 3.0)  # limits of the logarithms
 
 class S4DKernel(nn.Module):
@@ -202,7 +202,7 @@ class S4DKernel(nn.Module):
             log_z, weights = self.poles()
             return geometric_sum(weights, log_z, length)
 
-# %% ../../nbs/cres/24_s4d.ipynb #24dd5389
+# %% ../../nbs/cres/24_s4d.ipynb #ff36769c
 def advance(
     u: torch.Tensor,  # (B, H) the next sample
     state: torch.Tensor,  # (2, B, H, n) float64
@@ -226,7 +226,7 @@ def ring_on(
     once, whole = (p.unsqueeze(1) for p in pole_powers(log_z, exponents, torch.float64).unbind(-1))
     return geometric_sum(_times(weights, _times(once, state)), log_z, length), _times(whole, state)
 
-# %% ../../nbs/cres/24_s4d.ipynb #32eec51e
+# %% ../../nbs/cres/24_s4d.ipynb #b36c44bd
 class S4D(nn.Module):
     """S4D layer, (B, H, L) -> (B, H, L) for any L: long convolution, GELU, dropout, gated mixing of the channels.
 

@@ -4,10 +4,10 @@
 
 For records of 8,192, 24,576 and 163,840 samples, each in a process of its own: events per second with and without
 noise, all included (random parameters, axial motion, comb, waveform, noise, labels); the processor time of each stage
-(on a GPU, the time by the clock); the peak memory. The settings are those of the test sets, with the seeded noise that can be made again event by event. The clock
-is read several times in turns; rates are given by the clock and, less troubled by what else the machine does, by the
-processor time. The accuracy is the largest difference between the single-precision waveform and the same lines summed
-sample by sample in double precision, in units of the noise.
+(on a GPU, the time by the clock); the peak memory. The settings are those of the test sets, with the seeded noise that
+can be made again event by event. The clock is read several times in turns; rates are given by the clock and, less
+troubled by what else the machine does, by the processor time. The accuracy is the largest difference between the
+single-precision waveform and the same lines summed sample by sample in double precision, in units of the noise.
 
 On CUDA, where present, the same is measured on the GPU. About two minutes on two cores.
 """

@@ -3,15 +3,16 @@
     python bench/bench_cres_simulate.py
 
 For records of 8,192, 24,576 and 163,840 samples, each in a process of its own: events per second with and without
-noise, all included (random parameters, axial motion, comb, waveform, noise, labels); the time of each stage; the peak
-memory. The settings are those of the test sets, with the seeded noise that can be made again event by event. The clock
-is read several times in turns; rates are given by the clock and, less troubled by what else the machine does, by the
-processor time. The accuracy is the largest difference between the single-precision waveform and the same lines summed
-sample by sample in double precision, in units of the noise.
+noise, all included (random parameters, axial motion, comb, waveform, noise, labels); the processor time of each stage
+(on a GPU, the time by the clock); the peak memory. The settings are those of the test sets, with the seeded noise that
+can be made again event by event. The clock is read several times in turns; rates are given by the clock and, less
+troubled by what else the machine does, by the processor time. The accuracy is the largest difference between the
+single-precision waveform and the same lines summed sample by sample in double precision, in units of the noise.
 
 On CUDA, where present, the same is measured on the GPU. About two minutes on two cores.
 """
 import argparse
+import itertools
 import json
 import math
 import os
@@ -104,7 +105,7 @@ def measure(samples: int, seconds: float, threads: int, device: str) -> dict:
     }
     times = clocked(stages, seconds, torch.cuda.synchronize if gpu else lambda: None)
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    micro = {k: 1e6 * statistics.median(w for w, _ in v) / n for k, v in times.items()}
+    micro = {k: 1e6 * statistics.median(t[0 if gpu else 1] for t in v) / n for k, v in times.items()}
     micro["comb"] = micro.pop("parameters and comb") - micro["parameters"]
     noisy = micro.pop("noisy")
     micro.pop("clean")
@@ -118,7 +119,7 @@ def measure(samples: int, seconds: float, threads: int, device: str) -> dict:
     }
 
 
-def about(threads: int) -> dict:
+def about() -> dict:
     "Where and with what the numbers were taken; no paths of this machine."
     from deadlayer_cres.core import environment
 
@@ -129,19 +130,20 @@ def about(threads: int) -> dict:
     except OSError:
         model = None
     return where | {"cpu": model[1].strip() if model else None, "cores": len(os.sched_getaffinity(0)),
-                    "threads": threads, "load_average": os.getloadavg()}
+                    "load_average": os.getloadavg()}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
     p.add_argument("--seconds", type=float, default=15, help="how long each length of record is measured")
-    p.add_argument("--threads", type=int, default=len(os.sched_getaffinity(0)), help="of torch")
+    p.add_argument("--threads", type=int, nargs="*", default=sorted({1, len(os.sched_getaffinity(0))}),
+                   help="of torch; default: one, and one for each core. Several are slow where other programs run")
     p.add_argument("--samples", type=int, nargs="*", default=list(SAMPLES), help="lengths of the records")
     p.add_argument("--device", nargs="*", help="cpu, cuda or both; default: all that there are")
     p.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "cres_simulate.json")
-    p.add_argument("--one", help=argparse.SUPPRESS)  # device:samples, measured in this process and printed
+    p.add_argument("--one", help=argparse.SUPPRESS)  # device:samples:threads, measured in this process and printed
     options = p.parse_args(argv)
-    if min(options.seconds, options.threads, *options.samples) <= 0:
+    if min(options.seconds, *options.threads, *options.samples) <= 0:
         p.error("--seconds, --threads and --samples must be above 0")
     return options
 
@@ -149,27 +151,28 @@ def parse(argv: list[str] | None = None) -> argparse.Namespace:
 def main() -> None:
     options = parse()
     if options.one:
-        device, samples = options.one.split(":")
-        print(json.dumps(measure(int(samples), options.seconds, options.threads, device)))
+        device, samples, threads = options.one.split(":")
+        print(json.dumps(measure(int(samples), options.seconds, int(threads), device)))
         return
     import torch
 
     from deadlayer_cres.core import write_json
 
-    report = {"environment": about(options.threads), "targets": TARGETS}
+    report = {"environment": about(), "targets": TARGETS}
     for device in options.device or ["cpu", *(["cuda"] if torch.cuda.is_available() else [])]:
         report[device] = {}
-        for samples in options.samples:
-            command = [sys.executable, __file__, f"--one={device}:{samples}", f"--seconds={options.seconds}",
-                       f"--threads={options.threads}"]
+        for samples, threads in itertools.product(options.samples, options.threads[:1 if device == "cuda" else None]):
+            command = [sys.executable, __file__, f"--one={device}:{samples}:{threads}", f"--seconds={options.seconds}"]
             run = subprocess.run(command, capture_output=True, text=True)
             if run.returncode:
                 sys.exit(f"{device}, {samples} samples: {run.stderr.strip().splitlines()[-1]}")
-            row = report[device][str(samples)] = json.loads(run.stdout.splitlines()[-1])
+            row = json.loads(run.stdout.splitlines()[-1])
+            report[device].setdefault(str(samples), {})[f"{threads} threads"] = row
             noisy, clean = (row[k]["events_per_second"]["median"] for k in ("noisy", "clean"))
-            print(f"{device} {samples:7d} samples: {noisy:g} events/s with noise, {clean:g} without, "
-                  f"error {row['error_sigma']:g} sigma, "
-                  f"peak {row['peak_MB']} MB; us per event: {row['microseconds_per_event']}", flush=True)
+            print(f"{device}, {samples} samples, {threads} threads: {noisy:g} events/s with noise, {clean:g} without; "
+                  f"with noise {row['noisy']['events_per_cpu_second']:g} per CPU second; "
+                  f"error {row['error_sigma']:g} sigma, peak {row['peak_MB']} MB; us per event: "
+                  f"{row['microseconds_per_event']}", flush=True)
     write_json(options.out, report)
 
 

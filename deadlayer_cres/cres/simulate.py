@@ -9,7 +9,7 @@ __all__ = ['INELASTIC_M2', 'ELASTIC_M2', 'DRAWN', 'LABELS', 'TEST_SETS', 'CHECKS
            'SimulateConfig', 'read_table', 'drift', 'Tracks', 'Simulator', 'simulate_events', 'set_checksum',
            'test_set', 'simulate_store', 'EventStream']
 
-# %% ../../nbs/cres/21_simulate.ipynb #e65ad56c
+# %% ../../nbs/cres/21_simulate.ipynb #facd7db0
 import csv
 import math
 import os
@@ -47,7 +47,7 @@ from deadlayer_cres.cres.trap import (
     read_field_map,
 )
 
-# %% ../../nbs/cres/21_simulate.ipynb #da85673c
+# %% ../../nbs/cres/21_simulate.ipynb #b9617397
 def _cos_sin(cycles: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Cosine and sine of a phase in cycles (float64), in single precision."
     x = (2 * math.pi * (cycles - cycles.round())).float()
@@ -90,7 +90,7 @@ def waveforms(
     on = on if stop_s is None else on & (t < stop_s[:, None])
     return z * on[:, None]
 
-# %% ../../nbs/cres/21_simulate.ipynb #afb672e8
+# %% ../../nbs/cres/21_simulate.ipynb #7c547d72
 def noise_sigma_V(
     power_W_per_Hz: float,  # one-sided density of the noise power
     sampling_rate_Hz: float = SAMPLING_RATE_HZ,
@@ -99,7 +99,7 @@ def noise_sigma_V(
     "Standard deviation of white noise of a given power density, as Locust defines it."
     return math.sqrt(impedance_ohm * power_W_per_Hz * sampling_rate_Hz / 2)
 
-# %% ../../nbs/cres/21_simulate.ipynb #175c9d48
+# %% ../../nbs/cres/21_simulate.ipynb #faa73673
 def random_bits(
     seed: int,
     name: str,  # what the stream is for
@@ -128,7 +128,7 @@ def white_noise(
     torch.mul(radius, angle.sin(), out=out[:, 1])
     return out
 
-# %% ../../nbs/cres/21_simulate.ipynb #c531bee3
+# %% ../../nbs/cres/21_simulate.ipynb #a1a7d0bf
 def read_noise_spectrum(
     path: str | os.PathLike,  # CSV with a header and the columns frequency_Hz and density_V2_per_Hz
 ) -> tuple[np.ndarray, np.ndarray]:  # (m,) f - f_LO in Hz; (m,) density per quadrature in V^2/Hz
@@ -163,7 +163,7 @@ def _read_columns(path) -> dict[str, np.ndarray]:
         raise DataError("finite numbers", ",".join(rows[1 + bad[0]]), path, int(bad[0]))
     return dict(zip(names, values.T, strict=True))
 
-# %% ../../nbs/cres/21_simulate.ipynb #309e7e9a
+# %% ../../nbs/cres/21_simulate.ipynb #ae49c6e1
 class Noise:
     """Noise of a receiver, white of a given standard deviation or of a given spectrum.
 
@@ -205,7 +205,7 @@ class Noise:
         "Noise (n, 2, samples) in V from `generator`, on its device."
         return self.shape(torch.randn(n, 2, samples, generator=generator, device=generator.device))
 
-# %% ../../nbs/cres/21_simulate.ipynb #cbd7b78c
+# %% ../../nbs/cres/21_simulate.ipynb #a9ebf53f
 def uniforms(
     seed: int,
     name: str,  # what the numbers are for
@@ -216,7 +216,7 @@ def uniforms(
     "Uniform numbers that depend on `seed`, `name` and the index of the event alone."
     return torch.from_numpy(((random_bits(seed, name, first, n, width) >> np.uint64(12)) + 0.5) * 2.0**-52)
 
-# %% ../../nbs/cres/21_simulate.ipynb #ed49a496
+# %% ../../nbs/cres/21_simulate.ipynb #8eb45f6d
 class PitchLaw:
     """Distribution of the pitch angle, at the trap's centre, of electrons born evenly and isotropically in a trap.
 
@@ -264,7 +264,7 @@ def _inverse(cdf: torch.Tensor, x: torch.Tensor, u: torch.Tensor) -> torch.Tenso
     part = (u - low) / (high - low).clamp(min=1e-300)
     return x[i - 1] + (x[i] - x[i - 1]) * part.clamp(0, 1)
 
-# %% ../../nbs/cres/21_simulate.ipynb #8c6ba2f5
+# %% ../../nbs/cres/21_simulate.ipynb #7ab53dd6
 INELASTIC_M2, ELASTIC_M2 = 3.40e-22, 0.29e-22
 "Cross sections of H2 and T2 for electrons of 18.6 keV in m^2 (Aseev et al. 2000; KATRIN design report 2004)."
 
@@ -277,7 +277,7 @@ def mean_track_length_s(
     speed = LIGHT * math.sqrt(1 - gamma**-2)
     return 1 / (density_per_m3 * (INELASTIC_M2 + ELASTIC_M2) * speed)
 
-# %% ../../nbs/cres/21_simulate.ipynb #3ce78a3f
+# %% ../../nbs/cres/21_simulate.ipynb #a96cefd1
 _LOSS = {"A1": 0.204, "w1": 1.85, "e1": 12.6, "A2": 0.0556, "w2": 12.5, "e2": 14.30, "ec": 14.09}  # 1/eV, eV
 
 def energy_loss_eV(
@@ -297,7 +297,7 @@ def energy_loss_eV(
     ionised = p["e2"] + p["w2"] / 2 * torch.tan(start + (end - start) * ((u - share) / (1 - share)).clamp(min=0))
     return torch.where(u < share, excited, ionised)
 
-# %% ../../nbs/cres/21_simulate.ipynb #7cb8cae6
+# %% ../../nbs/cres/21_simulate.ipynb #58f5d60c
 def scatter(
     energy_eV: torch.Tensor,  # (n,) before the collision
     pitch_angle_deg: torch.Tensor,  # (n,) before the collision
@@ -317,7 +317,7 @@ def scatter(
     cosine = pitch.cos() * angle.cos() + pitch.sin() * angle.sin() * (2 * math.pi * azimuth).cos()
     return energy_eV - torch.where(elastic, 0.0, loss), torch.rad2deg(cosine.abs().clamp(max=1).acos())
 
-# %% ../../nbs/cres/21_simulate.ipynb #6addbeb4
+# %% ../../nbs/cres/21_simulate.ipynb #57628d6f
 def _check(ok: bool, expected: str, found, row: str) -> None:
     "Raise a `ConfigError` about the setting `row` unless `ok`."
     if not ok:
@@ -346,7 +346,7 @@ class TrapConfig:
                 "box": lambda: BoxTrap(self.field_T, self.flat_m, self.depth_T),
                 "map": lambda: read_field_map(self.map)}[self.kind]()
 
-# %% ../../nbs/cres/21_simulate.ipynb #a9f18532
+# %% ../../nbs/cres/21_simulate.ipynb #e96d960e
 @dataclass
 class ElectronConfig:
     "Which electrons there are. Phases and azimuth are uniform, the density of radii is proportional to the radius."
@@ -383,7 +383,7 @@ class TrackConfig:
         _check(self.max_tracks == 1 or (self.max_tracks > 1 and self.mean_length_s is not None),
                "1, or more with mean_length_s", self.max_tracks, "tracks.max_tracks")
 
-# %% ../../nbs/cres/21_simulate.ipynb #87b54d22
+# %% ../../nbs/cres/21_simulate.ipynb #2f5bd361
 @dataclass
 class ReceiverConfig:
     "What is recorded."
@@ -404,7 +404,7 @@ class ReceiverConfig:
         spectrum = None if self.noise_spectrum is None else read_noise_spectrum(self.noise_spectrum)
         return Noise(self.noise_sigma_V, spectrum, self.sampling_rate_Hz)
 
-# %% ../../nbs/cres/21_simulate.ipynb #134f9c3b
+# %% ../../nbs/cres/21_simulate.ipynb #978d93b8
 @dataclass
 class SimulateConfig:
     "A simulated set of events."
@@ -426,7 +426,7 @@ class SimulateConfig:
         _check(self.tracks.start_high_s < duration, f"a start before the end of the record, {duration:g} s",
                self.tracks.start_high_s, "tracks.start_high_s")
 
-# %% ../../nbs/cres/21_simulate.ipynb #ad419075
+# %% ../../nbs/cres/21_simulate.ipynb #556cc738
 DRAWN = ("energy_eV", "pitch_angle_deg", "radius_m", "radius_phase", "axial_phase", "cyclotron_phase", "start_time_s",
          "track_length_s")
 "What an electron is drawn from; angles called phase are in radians."
@@ -451,7 +451,7 @@ def read_table(
             raise DataError(f"{name} from {low:g} to {high:g}", f"{values[bad[0]]:g}", path, int(bad[0]))
     return columns
 
-# %% ../../nbs/cres/21_simulate.ipynb #b56607f8
+# %% ../../nbs/cres/21_simulate.ipynb #404c4e40
 def drift(
     trap,
     energy_eV: torch.Tensor,  # (n,)
@@ -470,7 +470,7 @@ def drift(
     return tuple(torch.where(stays, (after - before) * power_W / CHARGE, 0.0) for before, after in (
         (now.carrier_frequency_Hz, later.carrier_frequency_Hz), (now.axial_frequency_Hz, later.axial_frequency_Hz)))
 
-# %% ../../nbs/cres/21_simulate.ipynb #a94b96a2
+# %% ../../nbs/cres/21_simulate.ipynb #bff26af6
 _LONG_S = 100e-6  # records from which on each line has its own slope
 
 class Tracks(NamedTuple):
@@ -481,7 +481,7 @@ class Tracks(NamedTuple):
     comb: Comb  # of m rows
     slope_Hz_per_s: torch.Tensor  # (m,), or (m, K) where the lines differ
 
-# %% ../../nbs/cres/21_simulate.ipynb #957866f5
+# %% ../../nbs/cres/21_simulate.ipynb #010a6b44
 class Simulator:
     """Makes events of a `SimulateConfig` on a device.
 
@@ -517,7 +517,7 @@ class Simulator:
         new.__dict__.update(self.__dict__, seed=derive_seed(self.seed, *names))
         return new
 
-# %% ../../nbs/cres/21_simulate.ipynb #ba234941
+# %% ../../nbs/cres/21_simulate.ipynb #a2f78bb3
 def _draw(self: Simulator, n: int, first: int = 0) -> dict[str, torch.Tensor]:
     "What events `first` to `first + n - 1` begin with: the columns `DRAWN`, each (n,) float64 on the device."
     short = next((len(v) for v in self.table.values() if len(v) < first + n), None)
@@ -544,7 +544,7 @@ def _draw(self: Simulator, n: int, first: int = 0) -> dict[str, torch.Tensor]:
 
 Simulator.draw = _draw
 
-# %% ../../nbs/cres/21_simulate.ipynb #682b5e69
+# %% ../../nbs/cres/21_simulate.ipynb #8f6f7573
 def _track(self: Simulator, event: torch.Tensor, drawn: dict[str, torch.Tensor]) -> Tracks:
     "The tracks of electrons, ended where the record ends."
     names = ("energy_eV", "pitch_angle_deg", "radius_m", "axial_phase", "cyclotron_phase")
@@ -580,15 +580,14 @@ def _scattered(self: Simulator, old: Tracks, number: int, n: int, first: int) ->
     lost_eV = old.comb.power_W * c["track_length_s"] / CHARGE
     energy, pitch = scatter(c["energy_eV"] - lost_eV, c["pitch_angle_deg"], u[:, :4])
     going = axial_motion(self.trap, energy, pitch, c["radius_m"]).trapped & (end < self.duration_s * (1 - 1e-12))
-    drawn = {"energy_eV": energy, "pitch_angle_deg": pitch, "radius_m": c["radius_m"],
-             "radius_phase": c["radius_phase"],
+    drawn = {"energy_eV": energy, "pitch_angle_deg": pitch, **{k: c[k] for k in ("radius_m", "radius_phase")},
              "axial_phase": math.pi * (2 * u[:, 4] - 1), "cyclotron_phase": math.pi * (2 * u[:, 5] - 1),
              "start_time_s": end, "track_length_s": -self.config.tracks.mean_length_s * u[:, 6].log()}
     return self.track(old.event[going], {k: v[going] for k, v in drawn.items()})
 
 Simulator.track, Simulator.tracks, Simulator.scattered = _track, _tracks, _scattered
 
-# %% ../../nbs/cres/21_simulate.ipynb #2f770f4c
+# %% ../../nbs/cres/21_simulate.ipynb #eb6f64b7
 _AT_ONCE = 1024  # events whose combs are computed together
 
 def _signal(
@@ -638,7 +637,7 @@ def _whole_records(self: Simulator) -> bool:
 Simulator.signal, Simulator.add_lines, Simulator.slices = _signal, _add_lines, _slices
 Simulator.whole_records = _whole_records
 
-# %% ../../nbs/cres/21_simulate.ipynb #16ae0f96
+# %% ../../nbs/cres/21_simulate.ipynb #59ee55c9
 LABELS = ("energy_eV", "pitch_angle_deg", "start_carrier_frequency_Hz", "avg_carrier_frequency_Hz",
           "avg_axial_frequency_Hz", "slope_Hz", "radius_m", "radius_phase", "axial_phase", "cyclotron_phase",
           "start_time_s", "track_length_s")
@@ -650,7 +649,7 @@ def _labels(self: Simulator, tracks: list[Tracks], n: int) -> dict[str, torch.Te
     energy, count = (torch.zeros(n, dtype=torch.float64, device=self.device) for _ in range(2))
     columns = {}
     for number in range(self.config.tracks.max_tracks):
-        names = {k: k if number == 0 else f"{k}_{number + 1}" for k in LABELS}
+        names = {k: k if number == 0 else f"{k}_{number}" for k in LABELS}
         columns |= {name: torch.full_like(energy, math.nan) for name in names.values()}
         if number < len(tracks):
             t = tracks[number]
@@ -665,14 +664,14 @@ def _labels(self: Simulator, tracks: list[Tracks], n: int) -> dict[str, torch.Te
 
 Simulator.labels = _labels
 
-# %% ../../nbs/cres/21_simulate.ipynb #0d7c6794
+# %% ../../nbs/cres/21_simulate.ipynb #7d43deb8
 def _events(
     self: Simulator,
     n: int,
     first: int = 0,
     noise: Literal["none", "added", "kept"] | None = None,  # None: as the config says
 ) -> Events:
-    "Events `first` to `first + n - 1` in the host's memory; the noise depends on the seed and the event alone."
+    "Events `first` to `first + n - 1` in the host's memory; their noise depends on the seed and the event alone."
     r, noise = self.config.receiver, noise or self.config.noise
     ts, columns = self.signal(n, first)
     record = torch.zeros_like(ts) if noise == "kept" else ts
@@ -696,7 +695,7 @@ def simulate_events(
     "Simulate `n` events; those of a larger set with the same seed begin with the same ones."
     return Simulator(config, device=device, **options).events(n, first, noise)
 
-# %% ../../nbs/cres/21_simulate.ipynb #5a8b6cf1
+# %% ../../nbs/cres/21_simulate.ipynb #40e45ac7
 TEST_SETS = {
     "cca-8k": SimulateConfig(seed=8192, noise="added"),
     "cca-24k": SimulateConfig(seed=24_576, noise="added", receiver=ReceiverConfig(samples=24_576),
@@ -717,7 +716,7 @@ def set_checksum(simulator: Simulator, n: int = 256) -> str:  # 64 hexadecimal d
     whole = [np.rint(v.cpu().numpy() / _STEPS[k.rsplit("_")[-1]]).astype(np.int64) for k, v in sorted(columns.items())]
     return checksum(*whole, random_bits(simulator.seed, "noise", 0, 1, simulator.config.receiver.samples))
 
-# %% ../../nbs/cres/21_simulate.ipynb #8038c409
+# %% ../../nbs/cres/21_simulate.ipynb #daf2e7c0
 def test_set(
     name: Literal["cca-8k", "cca-24k"],
     n: int = 4096,  # number of events
@@ -736,7 +735,7 @@ def test_set(
 
 test_set.__test__ = False  # pytest: not a test
 
-# %% ../../nbs/cres/21_simulate.ipynb #8491fdfb
+# %% ../../nbs/cres/21_simulate.ipynb #60ae38cb
 def _job(simulator: Simulator) -> dict:
     "What decides the content of a store: the settings, and checksums of what they only name."
     z = torch.linspace(-0.1, 0.1, 65, dtype=torch.float64)
@@ -762,7 +761,7 @@ def simulate_store(
                 writer.write(i, simulator.events(min(size, config.events - i * size), first=i * size))
         return writer.finish(shards)
 
-# %% ../../nbs/cres/21_simulate.ipynb #fc4b8445
+# %% ../../nbs/cres/21_simulate.ipynb #e2796ff8
 class EventStream:
     "An iterable of batches (ts, targets): (n, 2, samples) float32 in V and (n, targets) float64, on the device."
 
@@ -775,7 +774,7 @@ class EventStream:
         noise: bool = True,
         fixed: bool = False,  # the same events in each epoch, none of them in the other stream
     ):
-        _check(n_batches > 0 and batch_size > 0, "at least one batch of one event", f"{n_batches} of {batch_size}",
+        _check(n_batches > 0 and batch_size > 0, "one batch of one event, or more", f"{n_batches} of {batch_size}",
                "stream")
         unknown = [k for k in targets if k not in (*LABELS, "snr")]
         _check(targets and not unknown, f"targets out of {', '.join(LABELS)}, snr", unknown or "none", "targets")

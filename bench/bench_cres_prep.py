@@ -140,14 +140,15 @@ class Ours:
         "Noise, standard deviation 1 of I and Q, transform, and mean 0 and standard deviation 1 of its parts."
         from torch import nn
 
-        from deadlayer_cres.cres.prep import AddNoise, Prep, ScaleEvent, Spectrum, noise_sigma
+        from deadlayer_cres.cres.prep import AddNoise, Prep, ScaleEvent, Spectrum
+        from deadlayer_cres.cres.simulate import noise_sigma_V
 
         class UnitDeviation(nn.Module):
             def forward(self, x):
                 deviation = (x - x.mean(2, keepdim=True)).square().mean(2, keepdim=True).sqrt()
                 return x / (deviation + 1e-8)
 
-        self.noise = AddNoise(noise_sigma(2.2e-13, RATE_HZ))
+        self.noise = AddNoise(noise_sigma_V(2.2e-13, RATE_HZ))
         self.series = Prep({"noise": self.noise, "unit": UnitDeviation()})
         self.transform = Prep({"spectrum": Spectrum(self.options.samples), "scale": ScaleEvent()})
 

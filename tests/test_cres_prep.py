@@ -35,13 +35,11 @@ from deadlayer_cres.cres.prep import (
     butterworth_response,
     fft_frequencies,
     log_power,
-    noise_sigma,
-    numbered_noise,
     q_rows,
-    squares64,
     to_channels,
     to_complex,
 )
+from deadlayer_cres.cres.simulate import noise_sigma_V, numbered_noise, squares64
 
 N, RATE = 1024, SAMPLING_RATE_HZ
 TIME = torch.arange(N, dtype=torch.float64) / RATE
@@ -197,7 +195,7 @@ def test_noise_keeps_double_precision_and_takes_another_sigma():
     for bad in (-1.0, math.inf, math.nan):
         with pytest.raises(ConfigError):
             AddNoise(bad)
-    assert abs(noise_sigma() - math.sqrt(50 * 0.5) * math.sqrt(2.2e-13 * 403e6)) < 1e-12
+    assert abs(noise_sigma_V(2.2e-13) - math.sqrt(50 * 0.5) * math.sqrt(2.2e-13 * 403e6)) < 1e-12
 
 
 def test_coloured_noise_has_its_spectrum():

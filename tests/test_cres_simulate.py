@@ -31,6 +31,7 @@ from deadlayer_cres.cres.simulate import (
     energy_loss_eV,
     mean_track_length_s,
     noise_sigma_V,
+    numbered_noise,
     random_bits,
     read_noise_spectrum,
     read_table,
@@ -41,17 +42,16 @@ from deadlayer_cres.cres.simulate import (
     test_set,
     uniforms,
     waveforms,
-    white_noise,
 )
 from deadlayer_cres.cres.trap import BoxTrap, HarmonicTrap, axial_motion, default_trap
 
 FS, LO, SIGMA = 403e6, 25.9702e9, 0.0471
 
 PINNED_BITS = [7304651795658354200, 17270885979503866812, 13298336128316543787]
-PINNED_NOISE = [-0.138506874, 0.589994311]
+PINNED_NOISE = [-0.717586935, -1.597030044]
 PINNED_SUMS = {  # V, of 8 events: clean and noisy
-    "cca-8k": (0.03543, -6.18218),
-    "cca-24k": (0.01593, -1.73224),
+    "cca-8k": (0.03543, 13.70785),
+    "cca-24k": (0.01593, 4.84429),
 }
 
 
@@ -145,10 +145,10 @@ def test_random_bits_are_pinned_and_belong_to_the_event():
     assert not np.array_equal(random_bits(2, "noise", 0, 50, 33), bits)
 
 
-def test_white_noise_is_normal_and_pinned():
-    x = white_noise(200, 4096, seed=4)
+def test_numbered_noise_is_normal_and_pinned():
+    x = numbered_noise(torch.arange(200), 4096, seed=4)
     assert np.allclose(x[3, :, 5].numpy(), PINNED_NOISE, atol=1e-6)
-    assert torch.equal(white_noise(3, 4096, seed=4, first=100), x[100:103])
+    assert torch.equal(numbered_noise(torch.arange(100, 103), 4096, seed=4), x[100:103])
     n = x.numel()
     for k, moment, variance in ((1, 0, 1), (2, 1, 2), (3, 0, 15), (4, 3, 96)):
         assert abs((x.double() ** k).mean() - moment) < 4.5 * math.sqrt(variance / n), k
@@ -163,7 +163,9 @@ def test_extreme_bits_give_finite_numbers(monkeypatch):
     for value in (0, 2**64 - 1):
         bits = np.full((1, 4), value, np.uint64)
         monkeypatch.setattr(simulate, "random_bits", lambda *args, bits=bits: bits)
-        assert torch.isfinite(white_noise(1, 4, 0)).all()
+        whole = torch.full((1, 4), value - (2**64 if value else 0), dtype=torch.int64)
+        monkeypatch.setattr(simulate, "squares64", lambda *args, whole=whole: whole)
+        assert torch.isfinite(numbered_noise(torch.zeros(1), 4, 0)).all()
         u = uniforms(0, "x", 0, 1, 4)
         assert ((u > 0) & (u < 1)).all()
 

@@ -207,13 +207,13 @@ def test_coloured_noise_has_its_spectrum():
     x = step(torch.zeros(1000, 2, N))
     found_f, found = scipy.signal.welch(to_complex(x).numpy(), RATE, nperseg=N, window="boxcar", detrend=False,
                                         return_onesided=False)
-    want = np.interp(found_f, f, density)
+    want = 2 * np.interp(found_f, f, density)  # both quadratures
     ratio = found.mean(0) / want
     assert abs(ratio.mean() - 1) < 0.005 and ratio.std() < 1.2 / 1000**0.5
     assert abs(correlation(x[:, 0] / x[:, 0].std(), x[:, 1] / x[:, 1].std())) < 6  # neighbouring samples are correlated
     again = AddColouredNoise(N // 2).fit(x[:300])  # shorter records, two of each
     g = np.fft.fftfreq(N // 2, 1 / RATE)
-    want = np.sqrt(np.interp(g, f, density) * RATE / 2)
+    want = np.sqrt(np.interp(g, f, density) * RATE)
     assert np.abs(again.sigma_V.numpy() / want - 1).max() < 0.12
     again.eval()
     assert torch.equal(again(torch.zeros(2, 2, N // 2), torch.tensor([4, 9]))[1:],
@@ -221,7 +221,7 @@ def test_coloured_noise_has_its_spectrum():
 
 
 def test_coloured_noise_of_a_flat_density_is_the_white_one():
-    flat = AddColouredNoise(N).from_density([0.0], [2 * NOISE_SIGMA_V**2 / RATE]).eval()
+    flat = AddColouredNoise(N).from_density([0.0], [NOISE_SIGMA_V**2 / RATE]).eval()
     x, index = torch.zeros(5, 2, N), torch.arange(5)
     assert torch.allclose(flat(x, index), AddNoise().eval()(x, index), atol=1e-7)
 

@@ -634,3 +634,44 @@ def test_streams_add_noise_to_the_same_events(simulator):
     noisy, clean = (next(iter(EventStream(simulator, 1, 8, targets=("snr",), noise=noise))) for noise in (True, False))
     assert torch.equal(noisy[1], clean[1])
     assert float((noisy[0] - clean[0]).std()) == pytest.approx(SIGMA, rel=0.02)
+
+
+def test_any_batch_of_events_with_collisions_can_be_made():
+    config = SimulateConfig(seed=3, receiver=ReceiverConfig(samples=1024),
+                            tracks=TrackConfig(mean_length_s=2e-6, max_tracks=3))
+    simulator = Simulator(config, device="cpu")
+    whole, columns = simulator.signal(30)
+    assert (columns["tracks"] == 1).any() and (columns["tracks"] == 3).any()
+    for i in range(30):
+        alone, own = simulator.signal(1, first=i)
+        assert torch.allclose(alone[0], whole[i], atol=1e-7)
+        for name, v in columns.items():
+            assert torch.allclose(own[name][0], v[i], rtol=1e-9, equal_nan=True), name
+
+
+def test_electrons_lose_what_they_radiate_before_a_collision():
+    config = SimulateConfig(seed=1, receiver=ReceiverConfig(samples=163_840),
+                            electrons=ElectronConfig(energy_low_eV=18_600, energy_high_eV=18_600),
+                            tracks=TrackConfig(mean_length_s=1e-4, max_tracks=2))
+    simulator = Simulator(config, device="cpu")
+    first, second = simulator.tracks(64)
+    c = {k: v[second.event] for k, v in first.columns.items()}
+    lost = first.comb.power_W[second.event] * c["track_length_s"] / 1.602176634e-19
+    u = uniforms(1, "collision 1", 0, 64, 8)[second.event]
+    want, _ = scatter(c["energy_eV"] - lost, c["pitch_angle_deg"], u[:, :4])
+    assert lost.max() > 0.5 and torch.allclose(second.columns["energy_eV"], want, atol=1e-6)
+
+
+def test_an_electron_at_90_degrees_radiates_for_long():
+    table = {"pitch_angle_deg": [90.0, 89.9999], "energy_eV": [18_600.0] * 2, "radius_m": [3e-3] * 2}
+    config = SimulateConfig(receiver=ReceiverConfig(samples=45_000))
+    columns = Simulator(config, table=table, device="cpu").signal(2)[1]
+    assert columns["slope_Hz"][0] == pytest.approx(float(columns["slope_Hz"][1]), rel=1e-3)
+
+
+@pytest.mark.parametrize("options", [{"sampling_rate_Hz": 403.0}, {"lo_frequency_Hz": 25.9702}])
+def test_settings_in_other_units_are_noticed(options):
+    with pytest.raises(ConfigError, match="in Hz"):
+        Simulator(SimulateConfig(receiver=ReceiverConfig(samples=64, **options)), device="cpu").signal(2)
+    with pytest.raises(ConfigError, match="radius"):
+        SimulateConfig(electrons=ElectronConfig(radius_max_m=8e-3))

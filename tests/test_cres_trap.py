@@ -537,3 +537,18 @@ def test_bad_traps_and_cavities():
         Cavity(radius_m=0.0)
     with pytest.raises(DataError, match="row 0"):
         comb(default_trap(), Cavity(), 18600.0, 89.0, 0.0, math.nan)
+
+
+@pytest.mark.parametrize("content", [b"PK\x03\x04garbage", b"", b"r_m,z_m\n1,2\n", b"\x00\xff" * 50])
+@pytest.mark.parametrize("name", ["map.npz", "map.csv"])
+def test_damaged_field_maps_are_named(tmp_path, name, content):
+    (tmp_path / name).write_bytes(content)
+    with pytest.raises(DataError, match=name):
+        read_field_map(tmp_path / name)
+
+
+def test_no_electrons_and_impossible_resonances():
+    made = comb(default_trap(), Cavity(), [], [], [])
+    assert made.frequency_Hz.shape == (0, 13) and made.motion.trapped.shape == (0,)
+    with pytest.raises(ConfigError, match="resonance_Hz"):
+        Cavity(resonance_Hz=float("nan"))

@@ -89,7 +89,7 @@ def test_licence_is_apache_2():
     head = (REPOSITORY / "LICENSE").read_text(encoding="utf-8")[:200]
     assert "Apache License" in head and "Version 2.0" in head
     metadata = distribution("deadlayer_cres").metadata
-    assert "Apache-2.0" in (metadata["License-Expression"] or metadata["License"] or "")
+    assert "Apache-2.0" in (metadata.get("License-Expression") or metadata.get("License") or "")
 
 
 def test_package_is_complete():

@@ -122,14 +122,14 @@ class AddColouredNoise(FittedStep):
     def from_density(
         self,
         frequency_Hz,  # (m,) ascending
-        density_V2_per_Hz,  # (m,) two-sided density of z; the end values go on beyond the table
+        density_V2_per_Hz,  # (m,) two-sided density of each quadrature; the end values go on beyond the table
     ) -> "AddColouredNoise":
         "Take the spectrum from a table."
         f = np.fft.fftfreq(self.samples, 1 / self.sampling_rate_Hz)
         density = np.interp(f, np.asarray(frequency_Hz, float), np.asarray(density_V2_per_Hz, float))
         if (density < 0).any():
             raise DataError("a density >= 0", f"{density.min():g}", row="density_V2_per_Hz")
-        return self.set_statistics(sigma_V=np.sqrt(density * self.sampling_rate_Hz / 2))
+        return self.set_statistics(sigma_V=np.sqrt(density * self.sampling_rate_Hz))
 
     @torch.no_grad()
     def fit(

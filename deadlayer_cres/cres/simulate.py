@@ -160,7 +160,7 @@ def _read_columns(path) -> dict[str, np.ndarray]:
     try:
         with open(path, newline="") as f:
             rows = [row for row in csv.reader(f) if row]
-    except (OSError, UnicodeDecodeError) as e:
+    except (OSError, UnicodeDecodeError, csv.Error) as e:
         raise DataError("a readable CSV file", f"{type(e).__name__}: {e}", path) from e
     if len(rows) < 2:
         raise DataError("a header and at least one row", f"{len(rows)} rows", path)
@@ -436,7 +436,7 @@ class SimulateConfig:
     seed: int = 0
     noise: Literal["none", "added", "kept"] = "none"  # kept: recorded beside the clean signal
     power: Literal["larmor", "purcell", "locust"] = "larmor"  # what the electron radiates, hence its slope
-    events_per_shard: int = 2048
+    events_per_shard: int | None = None  # None: as many as make some 128 MB
     trap: TrapConfig = field(default_factory=TrapConfig)
     cavity: Cavity = field(default_factory=Cavity)
     electrons: ElectronConfig = field(default_factory=ElectronConfig)
@@ -445,7 +445,11 @@ class SimulateConfig:
 
     def __post_init__(self):
         for name in ("events", "events_per_shard"):
-            _check(getattr(self, name) > 0, "a positive number", getattr(self, name), name)
+            value = getattr(self, name)
+            _check(value is None or value > 0, "a positive number", value, name)
+        wall = self.cavity.radius_m
+        _check(self.electrons.radius_max_m < wall, f"a radius within the cavity, {wall:g} m",
+               self.electrons.radius_max_m, "electrons.radius_max_m")
         duration = self.receiver.samples / self.receiver.sampling_rate_Hz
         _check(self.tracks.start_high_s < duration, f"a start before the end of the record, {duration:g} s",
                self.tracks.start_high_s, "tracks.start_high_s")
@@ -488,8 +492,10 @@ def drift(
     total = energy_eV + ELECTRON_MASS_EV
     log_momentum = total / (energy_eV * (energy_eV + 2 * ELECTRON_MASS_EV))  # lost per eV
     cosine_squared = (path.weight * (1 - path.sine**2)).sum(1)
-    turn = torch.deg2rad(pitch_angle_deg).tan() * (ELECTRON_MASS_EV / total) ** 2 * cosine_squared * log_momentum
-    now, later = path.motion, axial_motion(trap, energy_eV - 1, pitch_angle_deg - torch.rad2deg(turn), radius_m)
+    pitch = torch.deg2rad(pitch_angle_deg)
+    turn = pitch.sin() / pitch.cos().clamp(min=1e-5) * (ELECTRON_MASS_EV / total) ** 2 * cosine_squared * log_momentum
+    now, later = path.motion, axial_motion(
+        trap, energy_eV - 1, (pitch_angle_deg - torch.rad2deg(turn)).clamp(max=90), radius_m)
     stays = now.trapped & later.trapped
     return tuple(torch.where(stays, (after - before) * power_W / CHARGE, 0.0) for before, after in (
         (now.carrier_frequency_Hz, later.carrier_frequency_Hz), (now.axial_frequency_Hz, later.axial_frequency_Hz)))
@@ -593,6 +599,11 @@ def _tracks(self: Simulator, n: int, first: int = 0) -> list[Tracks]:  # the fir
         raise ConfigError("electrons that the trap holds",
                           f"{drawn['pitch_angle_deg'][row]:g} degrees at {1e3 * drawn['radius_m'][row]:g} mm",
                           row=first + row, remedy="raise electrons.pitch_low_deg, or deepen the trap")
+    r, carrier = self.config.receiver, made[0].comb.motion.carrier_frequency_Hz
+    if n and (carrier - r.lo_frequency_Hz).abs().max() > r.sampling_rate_Hz / 2:
+        raise ConfigError(f"carriers within {r.sampling_rate_Hz / 2e6:g} MHz of the local oscillator",
+                          f"one at {(float(carrier[0]) - r.lo_frequency_Hz) / 1e6:g} MHz", row="receiver",
+                          remedy="sampling_rate_Hz and lo_frequency_Hz are in Hz")
     while len(made) < self.config.tracks.max_tracks and len(made[-1].event):
         made.append(self.scattered(made[-1], len(made), n, first))
     return made
@@ -620,7 +631,11 @@ def _signal(
     first: int = 0,
 ) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:  # (n, 2, samples) float32 in V; name -> (n,) float64
     "Events `first` to `first + n - 1` without noise, on the device."
-    ts = torch.empty(n, 2, self.config.receiver.samples, device=self.device)
+    try:
+        ts = torch.empty(n, 2, self.config.receiver.samples, device=self.device)
+    except RuntimeError as e:
+        raise ConfigError("records that fit in memory", f"{n} of {self.config.receiver.samples} samples",
+                          row="receiver.samples", remedy="simulate fewer or shorter ones at a time") from e
     parts = []
     for a in range(0, n, _AT_ONCE):
         b = min(a + _AT_ONCE, n)
@@ -778,7 +793,7 @@ def simulate_store(
 ) -> dict:  # the store's index
     "Simulate a store of `config.events` events; run again after a kill, it goes on. Raises as `ShardWriter` does."
     simulator = Simulator(config, device=device, **options)
-    size = config.events_per_shard
+    size = config.events_per_shard or max(1, 2**24 // config.receiver.samples)
     shards = -(-config.events // size)
     with ShardWriter(path, _job(simulator), overwrite=overwrite) as writer:
         with progress(writer.missing(shards), desc="simulate", unit="shard") as bar:

@@ -12,6 +12,8 @@ import csv
 import functools
 import math
 import os
+import zipfile
+import zlib
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -92,6 +94,8 @@ class Cavity:
     def __post_init__(self):
         if not (self.radius_m > 0 and self.length_m > 0 and self.quality_factor >= 0):
             raise ConfigError("a positive radius and length, no negative quality factor", str(self), row="Cavity")
+        if self.resonance_Hz is not None and not 0 < self.resonance_Hz < math.inf:
+            raise ConfigError("a positive resonance_Hz or none", str(self.resonance_Hz), row="Cavity")
 
     @property
     def cylinder_resonance_Hz(self) -> float:
@@ -354,6 +358,9 @@ def _check_map(r: np.ndarray, z: np.ndarray, B: np.ndarray, centre_m: float, pat
         raise DataError("a finite field above 0", f"{B[i, j]}", path, row=f"r {r[i]:g} m, z {z[j]:g} m")
 
 # %% ../../nbs/cres/20_trap.ipynb #c14942a7
+_DAMAGED = (OSError, KeyError, ValueError, TypeError, EOFError, RuntimeError, NotImplementedError, csv.Error,
+            zipfile.BadZipFile, zlib.error)  # what reading a damaged CSV or NPZ file may raise
+
 def read_field_map(
     path: str | os.PathLike,  # .csv with columns r_m, z_m, field_T, or .npz with arrays of these names
     scale: float | Tensor = 1.0,  # factor on the field's difference from that at the centre
@@ -367,7 +374,7 @@ def read_field_map(
         with open(path, newline="") as file:
             rows = list(csv.DictReader(file))
         table = np.array([[float(row[k]) for k in _MAP] for row in rows]).reshape(-1, 3)
-    except (OSError, KeyError, ValueError, TypeError) as e:
+    except _DAMAGED as e:
         raise DataError(f"a field map with {', '.join(_MAP)}", f"{type(e).__name__}: {e}", path) from e
     table = table[np.lexsort((table[:, 1], table[:, 0]))]
     r, z = np.unique(table[:, 0]), np.unique(table[:, 1])
@@ -456,7 +463,7 @@ def _quadrature(edges: Tensor, nodes: int) -> tuple[Tensor, Tensor, Callable]:
     start, width = edges[:, :-1, None], edges.diff()[..., None]
 
     def running(f: Tensor) -> Tensor:  # (n, N) -> (n, N)
-        f = width * f.reshape(len(f), -1, nodes)
+        f = width * f.reshape(len(f), edges.shape[1] - 1, nodes)
         total = f @ w
         return (f @ S.T + (total.cumsum(1) - total)[..., None]).flatten(1)
 

@@ -320,7 +320,7 @@ class PairConfig:
                 raise ConfigError("a positive number or null", str(getattr(self, name)), row=name)
         if self.how == "log_uniform" and (self.max_dfccd_in_mm or math.inf) < self.min_dfccd_in_mm:
             raise ConfigError(f"at most max_dfccd_in_mm, {self.max_dfccd_in_mm:g}", f"{self.min_dfccd_in_mm:g}",
-                              row="min_dfccd_in_mm")
+                              row="pairs.min_dfccd_in_mm")
 
     def draw_options(self) -> dict:
         "The arguments of `PairSource.draw`."

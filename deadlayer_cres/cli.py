@@ -36,8 +36,15 @@ from deadlayer_cres.core import (
 class Parser(ArgumentParser):
     "An argument parser whose errors take one line."
 
+    source = None  # the file of settings among the options
+
+    def parse_args(self, args: list[str], **kwargs) -> Namespace:
+        given = [b for a, b in zip(args, args[1:], strict=False) if a in ("-c", "--config")]
+        self.source = given[-1] if given else None
+        return super().parse_args(args, **kwargs)
+
     def error(self, message: str, ex: Exception | None = None) -> NoReturn:
-        fail(self.prog, message)
+        fail(self.prog, f"{self.source}: {message}" if self.source and self.source not in str(message) else message)
 
 def fail(program: str, message: object) -> NoReturn:
     "Print one line to standard error and leave with exit code 2."
@@ -177,7 +184,8 @@ def train(args: Namespace) -> None:
     if not args.run:
         raise ConfigError("a run folder", "none", row="--run", remedy="for example --run runs/first")
     config = config_from_args(Config, args)
-    run = fit_network(config, args.run, resume=args.resume, overwrite=args.overwrite)
+    with about(", ".join(config.data.spectra)):
+        run = fit_network(config, args.run, resume=args.resume, overwrite=args.overwrite)
     best = min(run.history, key=lambda row: row["valid_loss"])
     print_pairs(f"Trained {run.path}", {k: v if k == "epoch" else f"{v:.4g}" for k, v in best.items()})
 
@@ -215,7 +223,8 @@ def evaluate(args: Namespace) -> None:
     parts = run_parts(config, pipeline, args.data)
     first = parts[config.pairs.first]
     dlf1 = parts.get("dlf1", {}).get("test") if config.pairs.first == "random_dlf" else None
-    baselines, limit = yardsticks(concatenate([p["train"] for p in parts.values()]), seed=args.seed)
+    with about(", ".join(config.data.spectra)):
+        baselines, limit = yardsticks(concatenate([p["train"] for p in parts.values()]), seed=args.seed)
     facts = {"run": run.path, "parameters": sum(p.numel() for p in pipeline.net.parameters()),
              "epochs": len(run.history), "minutes of training": f"{sum(r['seconds'] for r in run.history) / 60:.1f}",
              "test spectra": len(first["test"]), "data checksum": run.environment.get("data_checksum")}
@@ -266,7 +275,7 @@ def answer(run, config, pipeline, parts: dict, measured, out: Path, facts: dict)
     "Infer, write the answer to `out`, print it; returns the content of result.json."
     from deadlayer_cres.deadlayer.data import concatenate
     from deadlayer_cres.deadlayer.infer import infer as scan
-    from deadlayer_cres.deadlayer.infer import result_rows, validation_temperature, write_inference
+    from deadlayer_cres.deadlayer.infer import check_measured, result_rows, validation_temperature, write_inference
     from deadlayer_cres.deadlayer.prep import PairSource
 
     with about(", ".join(config.data.spectra)):
@@ -274,6 +283,9 @@ def answer(run, config, pipeline, parts: dict, measured, out: Path, facts: dict)
         for name in {config.pairs.first, wanted} - set(parts):
             raise DataError(f"{name} spectra", f"only {', '.join(parts)}", remedy="give such Monte-Carlo too")
         first, family = parts[config.pairs.first], parts[wanted]
+    with about(facts.get("spectrum", "the measurement")):
+        check_measured(measured, family["train"])
+    with about(", ".join(config.data.spectra)):
         valid = PairSource(first["valid"], family["valid"])
         temperature = validation_temperature(pipeline, valid, seed=config.train.seed)
     with about(facts.get("spectrum", "the measurement")):

@@ -79,7 +79,7 @@ def refused(capfd, argv, *words: str, code: int = 2, worked: bool = False) -> st
         cli.deadlayer([str(a) for a in argv])
     out, err = capfd.readouterr()
     if worked:
-        err = re.sub(r"(?m)^(.*\d+%\|.*)?\n", "", err.replace("\r", "\n"))
+        err = re.sub(r"(?m)^(.*\d+%\|.*|[ \t]*)?\n", "", err.replace("\r", "\n"))
     assert type(e.value.code) is int and e.value.code == code, err
     assert worked or not out
     assert err.count("\n") == 1 and err.endswith("\n") and "Traceback" not in err, err
@@ -384,7 +384,7 @@ WRITERS = {
 }
 
 
-WORKED = {"simulate", "simulate folder", "evaluate"}
+WORKED = {"infer", "simulate", "simulate folder", "evaluate"}
 
 
 @pytest.fixture

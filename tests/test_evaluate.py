@@ -107,6 +107,11 @@ def test_dlf_metrics_by_mode():
     assert m["coverage"] == pytest.approx(0.8, abs=4 * m["error"]) and m["crossings"] == 0 and m["nominal"] == 0.8
     assert ev.dlf_metrics(scored, "crossed")["crossings"] == 4000
     assert ev.dlf_metrics(scored, "s")["accuracy"] == 1 and ev.dlf_metrics(scored, "f") == {}
+    labels[:, 3] = 1.0  # a reference without transition layer: the answer is always the same
+    m = ev.dlf_metrics(scored, "s")
+    assert 0 < m["accuracy"] < 1 and np.isnan(m["auc"])
+    labels[:, 2] = 1.0
+    assert ev.dlf_metrics(scored, "s") == {}
 
 
 def test_attention_per_bin_and_average():
@@ -158,3 +163,10 @@ def test_table_prints_and_doubts_are_raised(test_set):
 def test_published_numbers():
     assert [r["accuracy"] for r in ev.PUBLISHED["restricted"].values()] == [.9947, .988, .986, .9393, .939, .611]
     assert ev.PUBLISHED["full"]["0.1"] == {"accuracy": .7153, "auc": .653, "coverage": .890, "error": .0082, "n": 3000}
+
+
+@pytest.mark.parametrize("content", ["{}", "[1]", '{"poisson": {}}'])
+def test_metrics_of_another_kind_are_refused(tmp_path, content):
+    (tmp_path / "metrics.json").write_text(content)
+    with pytest.raises(RunError, match="metrics"):
+        ev.read_evaluation(tmp_path)

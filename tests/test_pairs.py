@@ -359,3 +359,30 @@ def test_temperature_is_recovered():
     truth = rng.random(50000) < 1 / (1 + np.exp(-logit))
     for t in (0.5, 1, 3):
         assert abs(infer_module.fit_temperature(t * logit, truth) / t - 1) < 0.05
+
+
+def test_the_side_of_a_scan_without_crossing_is_named():
+    x = np.linspace(0, 2, 11)
+    for flat, side in ((0.9, "thicker"), (0.1, "thinner")):
+        with pytest.raises(DataError, match=side):
+            infer_module.summarise_scan(x, np.full(11, flat))
+
+
+def test_scans_that_pin_nothing_down_are_doubted():
+    x = np.linspace(0, 2, 401)
+    sharp = infer_module.summarise_scan(x, 1 / (1 + np.exp((x - 1) / 0.01)))
+    assert infer_module.scan_doubts(sharp) == []
+    wide = infer_module.summarise_scan(x, 0.5 + 0.01 * (1 - x))
+    assert len(infer_module.scan_doubts(wide)) == 2 and "bound" in infer_module.scan_doubts(wide)[0]
+    p = 1 / (1 + np.exp((x - 1) / 0.01))
+    uneven = infer_module.summarise_scan(x, np.clip(p + 0.8 * (abs(x - 1.5) < 0.02), 0, 1))
+    assert any("steadily" in text for text in infer_module.scan_doubts(uneven))
+
+
+def test_agreement_counts_the_noise_of_the_simulation():
+    rng = np.random.default_rng(0)
+    mean = np.full(400, 300.0)
+    simulated = rng.poisson(0.5 * mean) / 0.5
+    rows = infer_module.agreement(rng.poisson(mean), simulated, np.linspace(5, 450, 401), 0.5)
+    share = sum(r["chi2"] for r in rows) / sum(r["bins"] for r in rows)
+    assert abs(share - 1) < 0.25, "with the measurement's noise alone it would be 3"

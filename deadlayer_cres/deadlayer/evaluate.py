@@ -26,7 +26,16 @@ from rich.markup import escape
 from rich.table import Table as RichTable
 
 from .. import plots
-from ..core import DataError, RunError, default_device, derive_seed, read_json, torch_rng, write_json
+from deadlayer_cres.core import (
+    DataError,
+    RunError,
+    default_device,
+    derive_seed,
+    progress,
+    read_json,
+    torch_rng,
+    write_json,
+)
 from ..metrics import accuracy, confusion, coverage, crossings, pinball_loss, roc
 from ..plots import COLOURS, Section, Table, figure, mark_lines, step_spectrum
 from .data import Spectra
@@ -106,7 +115,8 @@ def score_pairs(
     "Draw pairs uniformly and let all predictors judge the same ones."
     generator = torch_rng(seed, "score pairs", device=source.device)
     raw, labels, index = {name: [] for name in predictors}, [], []
-    for start in range(0, n, batch):
+    window = "any" if max_dfccd_in_mm is None else f"{max_dfccd_in_mm:g}"
+    for start in progress(range(0, n, batch), f"pairs, max |dFCCD| {window} mm", unit="batch", leave=False):
         pairs = source.draw(min(batch, n - start), max_dfccd_in_mm=max_dfccd_in_mm, generator=generator)
         for name, predict in predictors.items():
             raw[name].append(_outputs(predict, pairs))
@@ -170,8 +180,11 @@ def dlf_metrics(
     if raw.shape[1] == 2:
         apart = dlf1 != dlf2
         truth, score = (dlf1 > dlf2)[apart], raw[apart, 1]
-        right, curve = accuracy((score > 0) == truth), roc(truth, score)
-        return {"accuracy": right.value, "error": right.error, "auc": curve.auc, "n": right.n}
+        if not apart.any():
+            return {}
+        right = accuracy((score > 0) == truth)
+        auc = roc(truth, score).auc if truth.any() and not truth.all() else math.nan  # DLF2 = 1: one answer alone is right
+        return {"accuracy": right.value, "error": right.error, "auc": auc, "n": right.n}
     return {}
 
 # %% ../../nbs/deadlayer/15_evaluate.ipynb #7ac56ce1
@@ -617,7 +630,11 @@ def read_evaluation(
     if not (folder / "metrics.json").exists():
         raise RunError("an evaluated run with metrics.json", "none", folder, remedy="evaluate the run first")
     attention = folder / "attention.json"
-    return read_json(folder / "metrics.json"), read_json(attention) if attention.exists() else None
+    metrics = read_json(folder / "metrics.json")
+    if not isinstance(metrics, dict) or not {"poisson", "shared", "published"} <= set(metrics):
+        raise RunError("the metrics that evaluate writes", "something else", folder / "metrics.json",
+                       remedy="evaluate the run again")
+    return metrics, read_json(attention) if attention.exists() else None
 
 # %% ../../nbs/deadlayer/15_evaluate.ipynb #78af5208
 def _comparison_rows(runs: Mapping[str, Mapping], protocol: str) -> list[list[str]]:

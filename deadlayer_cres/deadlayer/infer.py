@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'WINDOWS_KEV', 'fit_temperature', 'Scan', 'summarise_scan', 'ask', 'validation_temperature',
-           'interpolate_spectrum', 'agreement', 'Inference', 'doubts', 'infer', 'scan_figure', 'spectrum_figure',
-           'attention_of_decision_figure', 'result_rows', 'write_inference']
+           'interpolate_spectrum', 'agreement', 'Inference', 'doubts', 'scan_doubts', 'infer', 'check_measured',
+           'scan_figure', 'spectrum_figure', 'attention_of_decision_figure', 'result_rows', 'write_inference']
 
 # %% ../../nbs/deadlayer/17_infer.ipynb #ce71e9cb
 import os
@@ -16,10 +16,11 @@ from pathlib import Path
 import numpy as np
 import torch
 from matplotlib.figure import Figure
+from scipy.special import expit
 from scipy.stats import chi2 as chi2_law
 from sklearn.isotonic import IsotonicRegression
 
-from ..core import DataError, atomic_folder, torch_rng, write_json
+from ..core import DataError, atomic_folder, progress, torch_rng, write_json
 from .data import Spectra
 from .evaluate import BA133_MARKS, attention_per_bin
 from .prep import PairSource
@@ -91,13 +92,13 @@ def ask(
     pipeline: Callable,  # trained `Pipeline`
     counts: np.ndarray,  # (bins,) of the measured spectrum
     reference: np.ndarray,  # (n, bins) expected counts at the same exposure
-    batch: int = 1024,
+    batch: int = 256,
 ) -> np.ndarray:  # (n, outputs) raw outputs of the network
     "The network's answers for one spectrum against many references."
     device = next(pipeline.parameters()).device
     x = torch.as_tensor(counts, dtype=torch.float32, device=device)
     answers = []
-    for k in range(0, len(reference), batch):
+    for k in progress(range(0, len(reference), batch), "references", unit="batch", leave=False):
         y = torch.as_tensor(reference[k:k + batch], dtype=torch.float32, device=device)
         answers.append(pipeline(x.expand(len(y), -1), y).float().cpu().numpy())
     return np.concatenate(answers)
@@ -113,8 +114,9 @@ def validation_temperature(
 ) -> float:
     "The temperature of `fit_temperature`, from uniform validation pairs near the decision."
     pairs = source.draw(n, max_dfccd_in_mm=window_in_mm, generator=torch_rng(seed, "temperature", device=source.device))
-    logit = np.concatenate([pipeline(a, b)[:, 0].float().cpu().numpy() for a, b in zip(
-        pairs.counts1.split(1024), pairs.counts2.split(1024), strict=True)])
+    parts = list(zip(pairs.counts1.split(256), pairs.counts2.split(256), strict=True))
+    logit = np.concatenate([pipeline(a, b)[:, 0].float().cpu().numpy()
+                            for a, b in progress(parts, "temperature", unit="batch", leave=False)])
     return fit_temperature(logit, (pairs.labels[:, 0] > pairs.labels[:, 1]).cpu().numpy())
 
 # %% ../../nbs/deadlayer/17_infer.ipynb #611fdbc0
@@ -192,6 +194,20 @@ def doubts(windows: list[dict], p_value: float = 1e-6) -> list[str]:
             f"{worst['chi2'] / worst['bins']:.1f}. The intervals are statistical only and do not cover this."]
 
 # %% ../../nbs/deadlayer/17_infer.ipynb #42ed4450
+def scan_doubts(scan: Scan) -> list[str]:
+    "Warnings where a scan does not pin the FCCD down."
+    said, ends = [], (float(scan.fccd_in_mm[0]), float(scan.fccd_in_mm[-1]))
+    for end, name in zip(ends, ("lower", "upper"), strict=True):
+        if any(end in interval for interval in scan.intervals.values()):
+            said.append(f"The {name} end of an interval is that of the references, {end:g} mm: a bound of the scan, "
+                        "not a measurement.")
+    uneven = float(np.abs(scan.probability - scan.falling).max())
+    if uneven > 0.25:
+        said.append(f"The answers do not fall steadily along the scan (by up to {uneven:.2f} off): the spectrum is "
+                    "unlike those that the network knows.")
+    return said
+
+# %% ../../nbs/deadlayer/17_infer.ipynb #7ee79202
 def infer(
     pipeline: Callable,  # trained `Pipeline`, evaluation mode
     measured: Spectra,  # one spectrum
@@ -200,10 +216,10 @@ def infer(
     temperature: float = 1.0,
 ) -> Inference:
     "Infer FCCD and DLF of a measured spectrum; raises `DataError` where that is impossible."
-    _check_measured(measured, references)
+    check_measured(measured, references)
     counts, reference = measured.counts[0] / measured.exposure, references.counts / references.exposure
     answers = ask(pipeline, counts, reference)
-    scan = summarise_scan(references.fccd_in_mm, 1 / (1 + np.exp(-answers[:, 0].astype(float) / temperature)))
+    scan = summarise_scan(references.fccd_in_mm, expit(answers[:, 0].astype(float) / temperature))
     near = np.argsort(np.abs(references.fccd_in_mm - scan.best), kind="stable")
     low, high = scan.intervals["68"]
     inside = (references.fccd_in_mm >= low) & (references.fccd_in_mm <= high)
@@ -215,10 +231,12 @@ def infer(
     expected.setdefault("best", expected["dlf1"])
     windows = agreement(counts, expected["best"], measured.edges_keV, simulated.exposure)
     attention = _attention(pipeline, counts, reference[near])
-    return Inference(scan, quantiles, temperature, windows, doubts(windows), measured, expected, attention)
+    warnings = scan_doubts(scan) + doubts(windows)
+    return Inference(scan, quantiles, temperature, windows, warnings, measured, expected, attention)
 
 # %% ../../nbs/deadlayer/17_infer.ipynb #5e2362c8
-def _check_measured(measured: Spectra, references: Spectra) -> None:
+def check_measured(measured: Spectra, references: Spectra) -> None:
+    "Raise `DataError` unless one spectrum with counts and with the bins of the references was measured."
     if len(measured) != 1:
         raise DataError("one measured spectrum", str(len(measured)), remedy="choose one")
     if measured.counts.sum() == 0:

@@ -873,6 +873,21 @@ def test_prepare_stops_at_bad_files_or_skips_them(tmp_path):
     fails("at least one trapped event", prepare, tmp_path / "in", tmp_path / "u", skip)
 
 
+def test_prepare_takes_no_input_from_its_output(tmp_path, monkeypatch):
+    events = write_inputs(tmp_path, 3)
+    monkeypatch.chdir(tmp_path)
+    for inputs in (".", ".", [".", "*.hdf5", "**/*5"]):
+        if inputs != ".":
+            (tmp_path / ".st.old").mkdir()
+            (tmp_path / "st.part").mkdir()
+            write_store(events, ".st.old/a.h5")
+        summary = prepare(inputs, "st", overwrite=True, show_progress=False)
+        assert summary.events == 24 and same(read_store("st"), events)
+    assert fails("inputs outside of the store", prepare, ["st", "."], "st", overwrite=True).path == Path("st")
+    fails("inputs outside of the store", prepare, "st/shard_00000.h5", tmp_path / "st", overwrite=True)
+    assert same(read_store("st"), events)
+
+
 def test_prepare_names_files_that_do_not_fit(tmp_path):
     write_inputs(tmp_path / "in", 2)
     write_seed_hdf5(make_events(3, samples=32), tmp_path / "in/part_9.hdf5")
@@ -1005,6 +1020,43 @@ def test_windows_follow_the_chirp_and_leave_out_what_the_track_does_not_reach():
     assert len(cut_windows(e, 20, stride=10)) == 9 + len([k for k in range(9) if k * 10 < 85 and k * 10 + 20 > 55])
     fails("windows of 1 to 100 samples", cut_windows, e, 101, error=ConfigError)
     fails("stride", cut_windows, e, 10, 0, error=ConfigError)
+
+
+def test_windows_are_labelled_by_the_part_of_the_track_inside():
+    rate, slope = 403e6, 3e8
+    e = make_events(2, samples=100)
+    start, length = np.array([-10, 25]) / rate, np.array([65, 40]) / rate  # in samples: -10 to 55, 25 to 65
+    e.columns |= {"slope_Hz": np.full(2, slope), "start_time_s": start, "track_length_s": length}
+    e.columns["avg_carrier_frequency_Hz"] = e.columns["start_carrier_frequency_Hz"] + slope * length / 2
+    e.columns |= {k: np.ones(2) for k in ("axial_phase", "cyclotron_phase", "snr", "tracks")}
+    w = cut_windows(e, 20)
+    assert w.columns["window"].tolist() == [0, 1, 2, 1, 2, 3]
+    np.testing.assert_allclose(w.columns["start_time_s"] * rate, [0, 0, 0, 5, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(w.columns["track_length_s"] * rate, [20, 20, 15, 15, 20, 5])
+    for i, (k, j) in enumerate(zip(w.columns["event"].astype(int), w.columns["window"].astype(int), strict=True)):
+        begin, end = max(20 * j, start[k] * rate) / rate, min(20 * j + 20, (start[k] + length[k]) * rate) / rate
+        f = e.columns["start_carrier_frequency_Hz"][k] + slope * (np.linspace(begin, end, 1001) - start[k])
+        assert w.columns["start_carrier_frequency_Hz"][i] == pytest.approx(f[0], abs=1e-3)
+        assert w.columns["avg_carrier_frequency_Hz"][i] == pytest.approx(f.mean(), abs=1e-3)
+    assert not {"axial_phase", "cyclotron_phase", "snr"} & set(w.columns)
+    e.columns["avg_carrier_frequency_Hz"][1] = UNSET
+    assert (cut_windows(e, 20).columns["avg_carrier_frequency_Hz"][3:] == UNSET).all()
+
+
+@pytest.mark.parametrize("column", ["tracks", "energy_eV_1"])
+def test_windows_of_events_with_several_tracks_are_refused(tmp_path, column):
+    e = make_events(4, samples=100)
+    one, several = {"tracks": (1, 2), "energy_eV_1": (np.nan, 18500.0)}[column]
+    e.columns[column] = np.full(4, one)
+    assert len(cut_windows(e, 50)) == 8
+    e.columns["pitch_angle_deg"][0] = UNSET  # left out before the windows are cut
+    e.columns[column][2] = several
+    assert fails("events of one track", cut_windows, e, 50).row == 2
+    write_store(e, tmp_path / "in.h5")
+    error = fails("leave the window out", prepare, tmp_path / "in.h5", tmp_path / "s", PrepareConfig(window=50),
+                  show_progress=False)
+    assert error.row == 2 and error.path == tmp_path / "in.h5" and not (tmp_path / "s").exists()
+    assert prepare(tmp_path / "in.h5", tmp_path / "s", show_progress=False).events == 3
 
 
 def test_split_does_not_depend_on_company_order_or_precision():

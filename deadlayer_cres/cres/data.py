@@ -1098,36 +1098,55 @@ def write_seed_hdf5(
                     dataset[here] = (block.ts if k is None else block.noise[k])[:, c]
 
 # %% ../../nbs/cres/22_data.ipynb #31b4ad52
+_NOT_OF_WINDOWS = ("axial_phase", "cyclotron_phase", "snr")  # of the start of the track, or of the whole record
+
+def _one_track(events: Events) -> None:
+    "Raise a `DataError` if an event has more than one track."
+    several = events.columns.get("tracks", np.zeros(len(events))) > 1
+    for name, values in events.columns.items():
+        base, _, number = name.rpartition("_")
+        if number.isdigit() and base in (*COLUMNS, "start_time_s", "track_length_s"):
+            several = several | ~np.isnan(values)
+    if several.any():
+        row = int(events.columns.get("event", np.arange(len(events)))[several.argmax()])
+        raise DataError("events of one track to cut into windows", "an event with several tracks", row=row,
+                        remedy="keep such events whole: leave the window out")
+
 def cut_windows(
-    events: Events,
+    events: Events,  # events of one track each
     samples: int,  # length of a window
     stride: int | None = None,  # samples from one window to the next; None: one after the other
 ) -> Events:  # windows in the order of events and time, with the further labels `window` and `event`
-    """Cut events into windows and correct the frequency labels for the chirp.
+    """Cut events into windows and correct the labels for the chirp and for the part of the track in the window.
 
-    Where `start_time_s` and `track_length_s` are known, windows that no part of the track reaches are left out, and
-    `start_time_s` counts from the start of the window. A `ConfigError` if no window fits.
+    Where `start_time_s` and `track_length_s` are known, windows that no part of the track reaches are left out;
+    `start_time_s` counts from the start of the window. A `ConfigError` if no window fits, a `DataError` if an event
+    has several tracks.
     """
     stride = samples if stride is None else stride
     if not 0 < samples <= events.samples or stride < 1:
         raise ConfigError(f"windows of 1 to {events.samples} samples, a stride of at least 1", f"{samples}, {stride}")
+    _one_track(events)
     first = np.arange(0, events.samples - samples + 1, stride)
     c, rate = events.columns, events.sampling_rate_Hz
     start = np.nan_to_num(c.get("start_time_s", np.zeros(len(events))))[:, None]
     duration = c.get("track_length_s", np.full(len(events), np.nan))[:, None]
     duration = np.where(np.isnan(duration), events.samples / rate - start, duration)
-    since = np.maximum(first / rate - start, 0)  # (n, w) from the start of the track to the start of the window
-    reached = (first / rate < start + duration) & ((first + samples) / rate > start)
-    row, window = np.nonzero(reached)
-    columns = {k: v[row] for k, v in c.items()}
-    if "slope_Hz" in c:
-        middle = since + samples / (2 * rate) - duration / 2
-        for name, time_s in (("start_carrier_frequency_Hz", since), ("avg_carrier_frequency_Hz", middle)):
-            if name in c:
-                columns[name] = columns[name] + columns["slope_Hz"] * time_s[row, window]
+    begin = np.maximum(first / rate, start)  # (n, w) when the part of the track in each window begins, and ends
+    end = np.minimum((first + samples) / rate, start + duration)
+    row, window = np.nonzero(end > begin)
+    begin, end, start, duration = begin[row, window], end[row, window], start[row, 0], duration[row, 0]
+    columns = {k: v[row] for k, v in c.items() if k not in _NOT_OF_WINDOWS}
+    for name, time_s in (("start_carrier_frequency_Hz", begin - start),
+                         ("avg_carrier_frequency_Hz", (begin + end) / 2 - start - duration / 2)):
+        if name in c and "slope_Hz" in c:
+            unset, shift = columns[name] == UNSET, columns["slope_Hz"] * time_s
+            columns[name] = np.where(unset, UNSET, columns[name] + shift)
     columns |= {"event": c.get("event", np.arange(len(events)))[row], "window": window.astype(float)}
     if "start_time_s" in c:
-        columns["start_time_s"] = np.maximum(start[row, 0] - first[window] / rate, 0)
+        columns["start_time_s"] = begin - first[window] / rate
+    if "track_length_s" in c:
+        columns["track_length_s"] = np.where(np.isnan(columns["track_length_s"]), np.nan, end - begin)
 
     def cut(series):
         return np.lib.stride_tricks.sliding_window_view(series, samples, 2)[row, :, first[window]]
@@ -1202,11 +1221,18 @@ class PrepareSummary:
         return [f for f in self.files if f.error]
 
 # %% ../../nbs/cres/22_data.ipynb #e1cbcb06
-def _expand(inputs) -> list[Path]:
-    "The files of events that files, folders and patterns stand for, sorted within each; at least one."
-    found = {}
+def _expand(inputs, out) -> list[Path]:
+    "The files that files, folders and patterns stand for, sorted within each; at least one, and none of the output."
+    found, out = {}, Path(os.path.abspath(out))
+    output = [out.resolve(), *(out.with_name(name).resolve() for name in (f"{out.name}.part", f".{out.name}.old"))]
+
+    def written(path: Path) -> bool:
+        return any(path.resolve().is_relative_to(p) for p in output)
     for given in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
         path = Path(given)
+        if path.exists() and written(path):
+            raise DataError("inputs outside of the store to create", "one inside", path,
+                            remedy="choose another name for the store")
         if path.is_dir():
             here = [p for p in sorted(path.rglob("*")) if p.is_file() and _kind(p) and not any(
                 part.startswith(".") or part.endswith(".part") for part in p.relative_to(path).parts)]
@@ -1214,6 +1240,7 @@ def _expand(inputs) -> list[Path]:
             here = [path]
         else:
             here = [Path(p) for p in sorted(glob.glob(os.fspath(given), recursive=True)) if _kind(Path(p))]
+        here = [p for p in here if not written(p)]
         if not here:
             raise DataError("files of events, a folder or a pattern that matches some", "none", path)
         for p in here:
@@ -1340,12 +1367,12 @@ def prepare(
 ) -> PrepareSummary:
     """Turn files of any known layout into one store.
 
-    Refuses to overwrite. Started again with the same inputs and settings after a kill, it goes on where it stopped.
+    Refuses to overwrite. What lies in `out` itself, from an earlier run, is no input. Started again with the same inputs and settings after a kill, it goes on where it stopped.
     Raises a `DataError` that names file and row of the first bad input (see `PrepareConfig.bad`).
     """
     began, config = time.perf_counter(), config or PrepareConfig()
     _refuse(Path(out), overwrite)
-    paths = _expand(inputs)
+    paths = _expand(inputs, out)
     tasks = dict(enumerate(_plan(paths, config)))
     stats = [(str(p), (info := p.stat()).st_size, info.st_mtime_ns) for p in paths]
     with ShardWriter(out, {"prepare": dataclasses.asdict(config), "inputs": stats}, overwrite) as writer:

@@ -1421,7 +1421,8 @@ def prepare(
 ) -> PrepareSummary:
     """Turn files of any known layout into one store.
 
-    Refuses to overwrite. What lies in `out` itself, from an earlier run, is no input. Started again with the same inputs and settings after a kill, it goes on where it stopped.
+    Refuses to overwrite. What lies in `out` itself, from an earlier run, is no input. Started again with the same
+    inputs and settings after a kill, it goes on where it stopped.
     Raises a `DataError` that names file and row of the first bad input (see `PrepareConfig.bad`).
     """
     began, config = time.perf_counter(), config or PrepareConfig()

@@ -268,6 +268,34 @@ def test_damaged_stores_are_named(tmp_path):
     fails("no such file", EventStore, tmp_path / "gone")
 
 
+@pytest.mark.parametrize("index", [[], {}, {"shards": None}, {"shards": [1]}, {"shards": "ab"}, {"shards": [{}]},
+                                   {"shards": [{"name": 5}]}])
+def test_stores_with_an_odd_index_are_named(tmp_path, index):
+    write_store(make_events(4), tmp_path / "s")
+    head = {"format": module.FORMAT, "version": module.VERSION}
+    (tmp_path / "s/index.json").write_text(json.dumps(head | index if isinstance(index, dict) else index))
+    for read in (EventStore, read_events, read_store):
+        assert fails("", read, tmp_path / "s").path == tmp_path / "s/index.json"
+
+
+@pytest.mark.parametrize("name, value", [("provenance", "{bad"), ("provenance", 5), ("sampling_rate_Hz", "fast"),
+                                         ("lo_frequency_Hz", [1.0, 2.0]), ("format", b"\xff\xfe"), ("version", [1, 2])])
+def test_stores_with_odd_attributes_are_named(tmp_path, name, value):
+    write_store(make_events(4), tmp_path / "s")
+    shard = tmp_path / "s/shard_00000.h5"
+    with h5py.File(shard, "a") as f:
+        f.attrs[name] = value
+    for call in (lambda: read_events(tmp_path / "s"), lambda: merge_stores([tmp_path / "s"], tmp_path / "m"),
+                 lambda: prepare(tmp_path / "s", tmp_path / "p", show_progress=False)):
+        assert fails("", call).path.name == shard.name
+
+
+def test_rows_that_a_store_does_not_have_are_named(tmp_path):
+    write_store(make_events(4), tmp_path / "s.h5")
+    for rows in ([99], [-5], np.ones(5, bool), 4):
+        assert fails("rows of the 4 events", EventStore(tmp_path / "s.h5").read, rows).path == tmp_path / "s.h5"
+
+
 def test_merged_stores_keep_order_and_originals(tmp_path):
     parts = [make_events(5, seed=k) for k in range(3)]
     for k, part in enumerate(parts):
@@ -545,6 +573,39 @@ def test_damaged_pickles_and_other_objects_are_named(tmp_path):
     fails("no such file", read_pickle, tmp_path / "b.pkl")
 
 
+LENGTHS = {  # pickles that state 8 GB
+    "bytes": b"\x80\x05\x8e" + (2**33).to_bytes(8, "little"), "text": b"\x80\x05\x8d" + (2**33).to_bytes(8, "little"),
+    "bytearray": b"\x80\x05\x96" + (2**33).to_bytes(8, "little"),
+    "a frame": b"\x80\x05\x95" + (2**33).to_bytes(8, "little"),
+    "a call": b"\x80\x04c__builtin__\nbytearray\n(\x8a\x05" + (2**33).to_bytes(5, "little") + b"tR.",
+}
+STATED = """
+import resource, sys
+from deadlayer_cres.cres import data
+data._needed("pandas")
+limit = 2**32
+resource.setrlimit(resource.RLIMIT_AS, (limit, limit))
+for path in sys.argv[1:]:
+    try:
+        data.read_pickle(path)
+    except data.DataError as e:
+        print(e)
+"""
+
+
+def test_pickles_that_state_too_much_take_no_memory(tmp_path):
+    pytest.importorskip("pandas")
+    frame_of(make_events(2, samples=2**21)).to_pickle(tmp_path / "good.pkl", protocol=5)  # longer than a block
+    assert same(read_pickle(tmp_path / "good.pkl"), make_events(2, samples=2**21))
+    for name, data in LENGTHS.items():
+        (tmp_path / f"{name}.pkl").write_bytes(data + b"x" * 100)
+        (tmp_path / f"{name}.pkl.gz").write_bytes(gzip.compress(data + b"x" * 100))
+    paths = sorted(str(p) for name in LENGTHS for p in tmp_path.glob(f"{name}.pkl*"))
+    run = subprocess.run([sys.executable, "-c", STATED, *paths], capture_output=True, text=True)
+    assert run.returncode == 0, run.stderr
+    assert len(run.stdout.splitlines()) == len(paths) == 10 and "MemoryError" not in run.stdout, run.stdout
+
+
 def test_bad_frames_name_file_and_row(tmp_path):
     pytest.importorskip("pandas")
     path, e = tmp_path / "a.pkl", make_events(5)
@@ -764,6 +825,36 @@ def test_bad_eggs_are_named(tmp_path):
     fails("floating-point samples", read_egg, write_egg(tmp_path / "k.egg", raw, data_format=2), ())
 
 
+def _replace(f, name, data):
+    del f[name]
+    f[name] = data
+
+
+ODD_EGGS = {
+    "an acquisition by name": lambda f: f.move("streams/stream0/acquisitions/0", "streams/stream0/acquisitions/abc"),
+    "acquisitions a dataset": lambda f: _replace(f, "streams/stream0/acquisitions", np.ones((2, 3))),
+    "acquisitions numbers": lambda f: _replace(f, "streams/stream0/acquisitions", np.arange(2)),
+    "acquisitions of groups": lambda f: f.create_group("streams/stream0/acquisitions/1"),
+    "record size": lambda f: f["streams/stream0"].attrs.create("record_size", "big"),
+    "gain": lambda f: f["channels/channel0"].attrs.create("dac_gain", [1.0, 2.0]),
+    "channels": lambda f: f["streams/stream0"].attrs.create("channels", "all"),
+    "time": lambda f: f["streams/stream0/acquisitions/0"].attrs.create("first_record_time", "noon"),
+    "text": lambda f: f.attrs.create("run", np.bytes_(b"\xff\xfe")),
+    "streams as bytes": lambda f: _replace(f, "streams", np.bytes_(b"one")),
+    "a stream as bytes": lambda f: _replace(f, "streams/stream0", np.bytes_(b"one")),
+    "no channels": lambda f: f.__delitem__("channels"),
+}
+
+
+@pytest.mark.parametrize("name", ODD_EGGS)
+def test_odd_eggs_are_named(tmp_path, name):
+    path = write_egg(tmp_path / "a.egg", np.ones((1, 1, 2, 64)))
+    with h5py.File(path, "a") as f:
+        ODD_EGGS[name](f)
+    for call in (lambda: read_egg(path, ()), lambda: prepare(path, tmp_path / "s", PrepareConfig(()))):
+        assert fails("", call).path == path
+
+
 def test_bad_truth_is_named(tmp_path):
     path = write_egg(tmp_path / "a.egg", np.ones((1, 1, 2, 64)))
     write_json_truth(tmp_path, [[json_track()]], rate=200)
@@ -871,6 +962,36 @@ def test_prepare_stops_at_bad_files_or_skips_them(tmp_path):
     for k in (0, 1, 3):
         (tmp_path / f"in/part_{k}.hdf5").unlink()
     fails("at least one trapped event", prepare, tmp_path / "in", tmp_path / "u", skip)
+
+
+def test_prepare_takes_stream_channel_and_truth_of_eggs(tmp_path, monkeypatch):
+    raw = np.arange(2 * 2 * 64).reshape(1, 2, 2, 64) % 200
+    path = write_egg(tmp_path / "a.egg", raw, streams=2)
+    assert "require no labels" in fails("truth", prepare, path, tmp_path / "s").remedy
+    (tmp_path / "truth").mkdir()
+    write_json_truth(tmp_path / "truth", [[json_track()]])
+    monkeypatch.chdir(tmp_path)
+    for channel in (None, 3):
+        config = PrepareConfig(stream=1, channel=channel, truth="truth")
+        prepare(path, tmp_path / f"s{channel}", config, show_progress=False)
+        wanted = read_egg(path, stream=1, channel=channel or 2, truth=tmp_path / "truth")
+        assert same(read_store(tmp_path / f"s{channel}"), wanted)
+    fails("channels [2, 3]", prepare, path, tmp_path / "t", PrepareConfig(stream=1, channel=0, truth="truth"))
+
+
+def test_prepare_takes_no_input_from_its_output(tmp_path, monkeypatch):
+    events = write_inputs(tmp_path, 3)
+    monkeypatch.chdir(tmp_path)
+    for inputs in (".", ".", [".", "*.hdf5", "**/*5"]):
+        if inputs != ".":
+            (tmp_path / ".st.old").mkdir()
+            (tmp_path / "st.part").mkdir()
+            write_store(events, ".st.old/a.h5")
+        summary = prepare(inputs, "st", overwrite=True, show_progress=False)
+        assert summary.events == 24 and same(read_store("st"), events)
+    assert fails("inputs outside of the store", prepare, ["st", "."], "st", overwrite=True).path == Path("st")
+    fails("inputs outside of the store", prepare, "st/shard_00000.h5", tmp_path / "st", overwrite=True)
+    assert same(read_store("st"), events)
 
 
 def test_prepare_names_files_that_do_not_fit(tmp_path):
@@ -1005,6 +1126,43 @@ def test_windows_follow_the_chirp_and_leave_out_what_the_track_does_not_reach():
     assert len(cut_windows(e, 20, stride=10)) == 9 + len([k for k in range(9) if k * 10 < 85 and k * 10 + 20 > 55])
     fails("windows of 1 to 100 samples", cut_windows, e, 101, error=ConfigError)
     fails("stride", cut_windows, e, 10, 0, error=ConfigError)
+
+
+def test_windows_are_labelled_by_the_part_of_the_track_inside():
+    rate, slope = 403e6, 3e8
+    e = make_events(2, samples=100)
+    start, length = np.array([-10, 25]) / rate, np.array([65, 40]) / rate  # in samples: -10 to 55, 25 to 65
+    e.columns |= {"slope_Hz": np.full(2, slope), "start_time_s": start, "track_length_s": length}
+    e.columns["avg_carrier_frequency_Hz"] = e.columns["start_carrier_frequency_Hz"] + slope * length / 2
+    e.columns |= {k: np.ones(2) for k in ("axial_phase", "cyclotron_phase", "snr", "tracks")}
+    w = cut_windows(e, 20)
+    assert w.columns["window"].tolist() == [0, 1, 2, 1, 2, 3]
+    np.testing.assert_allclose(w.columns["start_time_s"] * rate, [0, 0, 0, 5, 0, 0], atol=1e-9)
+    np.testing.assert_allclose(w.columns["track_length_s"] * rate, [20, 20, 15, 15, 20, 5])
+    for i, (k, j) in enumerate(zip(w.columns["event"].astype(int), w.columns["window"].astype(int), strict=True)):
+        begin, end = max(20 * j, start[k] * rate) / rate, min(20 * j + 20, (start[k] + length[k]) * rate) / rate
+        f = e.columns["start_carrier_frequency_Hz"][k] + slope * (np.linspace(begin, end, 1001) - start[k])
+        assert w.columns["start_carrier_frequency_Hz"][i] == pytest.approx(f[0], abs=1e-3)
+        assert w.columns["avg_carrier_frequency_Hz"][i] == pytest.approx(f.mean(), abs=1e-3)
+    assert not {"axial_phase", "cyclotron_phase", "snr"} & set(w.columns)
+    e.columns["avg_carrier_frequency_Hz"][1] = UNSET
+    assert (cut_windows(e, 20).columns["avg_carrier_frequency_Hz"][3:] == UNSET).all()
+
+
+@pytest.mark.parametrize("column", ["tracks", "energy_eV_1"])
+def test_windows_of_events_with_several_tracks_are_refused(tmp_path, column):
+    e = make_events(4, samples=100)
+    one, several = {"tracks": (1, 2), "energy_eV_1": (np.nan, 18500.0)}[column]
+    e.columns[column] = np.full(4, one)
+    assert len(cut_windows(e, 50)) == 8
+    e.columns["pitch_angle_deg"][0] = UNSET  # left out before the windows are cut
+    e.columns[column][2] = several
+    assert fails("events of one track", cut_windows, e, 50).row == 2
+    write_store(e, tmp_path / "in.h5")
+    error = fails("leave the window out", prepare, tmp_path / "in.h5", tmp_path / "s", PrepareConfig(window=50),
+                  show_progress=False)
+    assert error.row == 2 and error.path == tmp_path / "in.h5" and not (tmp_path / "s").exists()
+    assert prepare(tmp_path / "in.h5", tmp_path / "s", show_progress=False).events == 3
 
 
 def test_split_does_not_depend_on_company_order_or_precision():

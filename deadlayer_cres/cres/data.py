@@ -278,19 +278,19 @@ def _put_in_place(work: Path, path: Path) -> None:
 # %% ../../nbs/cres/22_data.ipynb #f2e9e15d
 @contextlib.contextmanager
 def _reading(path: str | os.PathLike) -> Iterator[None]:
-    "Turn every failure of HDF5 inside the block into a `DataError` about `path`."
+    "Turn every failure to make sense of a file inside the block into a `DataError` about `path`."
     path = Path(path)
     try:
         yield
-    except (OSError, RuntimeError, KeyError) as e:
-        text = str(e)
+    except (OSError, RuntimeError, LookupError, ValueError, TypeError, AttributeError, ArithmeticError) as e:
+        text = str(e) if isinstance(e, OSError | RuntimeError) else f"{type(e).__name__}: {e}"
         if not path.is_file():
             raise DataError("a file", "a folder" if path.is_dir() else "no such file", path) from e
         if "truncated" in text or "read failed" in text or "addr overflow" in text:
             raise DataError("a whole file", "a truncated one", path, remedy="copy or write it again") from e
         if "signature" in text:
             raise DataError("an HDF5 file", "something else", path) from e
-        raise DataError("a readable file of events", text.strip("'\""), path, remedy="copy or write it again") from e
+        raise DataError("a readable file of events", text, path, remedy="copy or write it again") from e
 
 @contextlib.contextmanager
 def _naming(path: str | os.PathLike) -> Iterator[None]:
@@ -316,9 +316,16 @@ def _require(columns: Iterable[str], require: Sequence[str], path) -> None:
     "Raise a `DataError` unless all labels in `require` are among `columns`."
     if missing := [k for k in require if k not in set(columns)]:
         raise DataError(f"the labels {', '.join(require)}", f"no {', '.join(missing)}", path,
-                        remedy="name the labels that you need with require=, or require=() for none")
+                        remedy="require only labels that are there, or require no labels")
 
 # %% ../../nbs/cres/22_data.ipynb #03eb1f62
+def _number(attrs, name: str, path: Path, row: str | None = None) -> float:
+    "An attribute that is a number; a `DataError` if it is something else."
+    value = np.asarray(attrs[name])
+    if value.size != 1 or value.dtype.kind not in "biuf":
+        raise DataError(f"a number as the attribute {name}", repr(value.tolist()), path, row)
+    return value.item()
+
 @dataclasses.dataclass
 class _Layout:
     "What an HDF5 file of events holds."
@@ -350,8 +357,8 @@ def _layout(f: h5py.File, path: Path) -> _Layout:
     rows, samples = sets[series[0]] if series else (sets[columns[0]][0] if columns else 0, 0)
     if wrong := [k for k in columns if sets[k][0] != rows]:
         raise DataError(f"{rows} values, one for each event", f"{sets[wrong[0]][0]}", path, wrong[0])
-    noted = {k: f.attrs.get(k) for k in ("sampling_rate_Hz", "lo_frequency_Hz", "checksum")}
-    return _Layout(path, rows, samples, columns, noise, **noted,
+    rates = (_number(f.attrs, k, path) if k in f.attrs else None for k in ("sampling_rate_Hz", "lo_frequency_Hz"))
+    return _Layout(path, rows, samples, columns, noise, *rates, checksum=f.attrs.get("checksum"),
                    provenance=json.loads(f.attrs.get("provenance", "{}")))
 
 # %% ../../nbs/cres/22_data.ipynb #677d4a09
@@ -425,8 +432,15 @@ class EventStore:
         samples: int | None = None,  # only the first so many samples; None: all
         noise: Sequence[str] = (),  # recorded noise to read, out of `self.noise`
     ) -> Events:
-        "Read events; a `DataError` if a file is damaged, a `ConfigError` for samples or noise that are not there."
-        return _read_rows(self, np.arange(len(self))[slice(None) if rows is None else rows].reshape(-1), samples, noise)
+        """Read events.
+
+        A `DataError` if a file is damaged or has fewer rows, a `ConfigError` for samples or noise that are not there.
+        """
+        try:
+            rows = np.arange(len(self))[slice(None) if rows is None else rows].reshape(-1)
+        except IndexError as e:
+            raise DataError(f"rows of the {len(self)} events", str(e), self._layouts[0].path) from e
+        return _read_rows(self, rows, samples, noise)
 
     def close(self) -> None:
         "Close the files; they are opened again when needed."
@@ -451,10 +465,11 @@ def _files_of(path: Path) -> list[Path]:
         return [path]
     if (path / INDEX).exists():
         index = read_json(path / INDEX)
-        if (index.get("format"), index.get("version")) != (FORMAT, VERSION):
-            found = f"{index.get('format')} version {index.get('version')}"
-            raise DataError(f"{FORMAT} version {VERSION}", found, path / INDEX)
-        return [path / s["name"] for s in index["shards"]]
+        with _reading(path / INDEX):
+            if (index.get("format"), index.get("version")) != (FORMAT, VERSION):
+                found = f"{index.get('format')} version {index.get('version')}"
+                raise DataError(f"{FORMAT} version {VERSION}", found, path / INDEX)
+            return [path / s["name"] for s in index["shards"]]
     if (path / JOB).exists():
         raise DataError("a finished store", "an unfinished one", path, remedy="run the job that writes it again")
     files = sorted(p for p in path.iterdir() if p.suffix in _HDF5 and not p.name.startswith("."))
@@ -615,7 +630,7 @@ _PANDAS = {  # what a frame is made of -> modules under which pandas 1, 2 and 3 
 }
 _ADMITTED = {(m, name.split(".")[-1]): "pandas." + name for name, modules in _PANDAS.items() for m in modules} | {
     ("pandas.core.indexes.numeric", f"{kind}Index"): "pandas.Index" for kind in ("Int64", "UInt64", "Float64")} | {
-    (m, k): f"builtins.{k}" for m in ("builtins", "__builtin__") for k in ("slice", "bytearray")} | {
+    (m, "slice"): "builtins.slice" for m in ("builtins", "__builtin__")} | {
     ("functools", "partial"): "functools.partial",
     ("pandas.core.internals.blocks", "new_block"): "pandas._libs.internals._unpickle_block",
     ("pyarrow.lib", "py_buffer"): "pyarrow.lib.py_buffer",
@@ -655,6 +670,10 @@ def _latin1(text: str, encoding: str) -> bytes:
         raise pickle.UnpicklingError(f"text in {encoding!r}")
     return text.encode("latin1")
 
+def _bytearray(data: bytes | str = b"", *encoding: str) -> bytearray:
+    "Bytes, but not a number of them."
+    return bytearray(_latin1(data, *encoding) if encoding else memoryview(data))
+
 def _arrow(data):
     "An Arrow array, checked."
     array = _needed("pyarrow").lib._restore_array(data)
@@ -663,12 +682,34 @@ def _arrow(data):
 
 _REBUILT = {("numpy", "ndarray"): "ndarray", ("numpy", "dtype"): _dtype, ("_codecs", "encode"): _latin1,
             ("pyarrow.lib", "_restore_array"): _arrow} | {
+    (m, "bytearray"): _bytearray for m in ("builtins", "__builtin__")} | {
     (f"numpy.{core}.{module}", name): function for core in ("core", "_core")
     for module, name, function in (("multiarray", "_reconstruct", _array), ("numeric", "_frombuffer", _frombuffer))}
 
 # %% ../../nbs/cres/22_data.ipynb #468961fa
+class _Blocks:
+    "A file whose `read` takes no more memory than there is data, whatever the number of bytes asked for."
+
+    def __init__(self, file, size: int = 2**22):  # largest number of bytes read at once
+        self.file, self.size, self.readline = file, size, file.readline
+
+    def read(self, n: int) -> bytes:
+        data = self.file.read(min(n, self.size))
+        if n <= self.size:
+            return data
+        blocks = [data]
+        while blocks[-1] and (n := n - len(blocks[-1])):
+            blocks.append(self.file.read(min(n, self.size)))
+        if n:
+            raise EOFError
+        return b"".join(blocks)
+
+# %% ../../nbs/cres/22_data.ipynb #83f0ace1
 class _FrameUnpickler(pickle._Unpickler):
     "Loads pandas frames and nothing else."
+
+    def __init__(self, file):
+        super().__init__(_Blocks(file))
 
     dispatch = dict(pickle._Unpickler.dispatch)
 
@@ -696,7 +737,11 @@ class _FrameUnpickler(pickle._Unpickler):
             if target != plain or any(getattr(target, k) != getattr(plain, k) for k in inside):
                 raise pickle.UnpicklingError("a dtype with hidden fields")
 
-    dispatch[pickle.BUILD[0]] = load_build
+    def load_bytearray8(self):
+        "Bytes that may be written to, of a pickle of protocol 5; the memory is taken after they are read."
+        self.append(bytearray(self.read(int.from_bytes(self.read(8), "little"))))
+
+    dispatch |= {pickle.BUILD[0]: load_build, pickle.BYTEARRAY8[0]: load_bytearray8}
 
 # %% ../../nbs/cres/22_data.ipynb #9398693b
 def _load_frame(path: Path):
@@ -775,11 +820,18 @@ def read_pickle(
 EGG = (".egg",)
 _ATTRIBUTES = ("acquisition_rate", "record_size", "sample_size", "data_format", "channel_format", "n_channels")
 
-def _number(attrs, name: str, path: Path, row: str) -> float:
-    "A numeric attribute; a `DataError` if it is missing."
+def _egg_number(attrs, name: str, path: Path, row: str) -> float:
+    "A numeric attribute of an egg; a `DataError` if it is missing."
     if name not in attrs:
         raise DataError(f"the attribute {name}", "none", path, row, "the file is not an egg 3.2.0 file, or is damaged")
-    return np.asarray(attrs[name]).item()
+    return _number(attrs, name, path, row)
+
+def _acquisitions(stream: h5py.Group, path: Path) -> list[h5py.Dataset]:
+    "The acquisitions of a stream in order; a `DataError` unless they are numbered datasets."
+    group, row = stream.get("acquisitions", {}), stream.name.strip("/")
+    if isinstance(group, h5py.Dataset) or not all(k.isdecimal() and isinstance(group[k], h5py.Dataset) for k in group):
+        raise DataError("a group of acquisitions 0, 1, ...", "something else", path, row)
+    return [group[k] for k in sorted(group, key=int)]
 
 def egg_info(
     path: str | os.PathLike,  # an egg file
@@ -795,15 +847,14 @@ def egg_info(
                             remedy="convert it with Monarch, or read it with what wrote it")
         streams = {}
         for name, group in f["streams"].items():
-            acquisitions = [group["acquisitions"][k].shape for k in sorted(group.get("acquisitions", ()), key=int)]
-            streams[name] = plain(group.attrs) | {"acquisitions": acquisitions}
+            streams[name] = plain(group.attrs) | {"acquisitions": [d.shape for d in _acquisitions(group, path)]}
         return plain(f.attrs) | {"streams": streams, "channels": {k: plain(v.attrs) for k, v in f["channels"].items()}}
 
 # %% ../../nbs/cres/22_data.ipynb #be7af7a4
 def _egg_channel(stream: h5py.Group, channel: int, path: Path) -> tuple[dict, int, float, float]:
     "Attributes of a stream, place of the channel in it, gain and offset in volts."
     row = stream.name.strip("/")
-    a = {k: _number(stream.attrs, k, path, row) for k in _ATTRIBUTES}
+    a = {k: _egg_number(stream.attrs, k, path, row) for k in _ATTRIBUTES}
     if a["sample_size"] != 2:
         raise DataError("samples of I and Q (sample_size 2)", f"sample_size {a['sample_size']}", path, row)
     channels = np.asarray(stream.attrs["channels"]).reshape(-1).tolist()
@@ -812,7 +863,7 @@ def _egg_channel(stream: h5py.Group, channel: int, path: Path) -> tuple[dict, in
     header = stream.file[f"channels/channel{channel}"].attrs
     if a["data_format"] == 2:
         return a, channels.index(channel), 1.0, 0.0
-    gain, offset = (_number(header, k, path, f"channel{channel}") for k in ("dac_gain", "voltage_offset"))
+    gain, offset = (_egg_number(header, k, path, f"channel{channel}") for k in ("dac_gain", "voltage_offset"))
     return a, channels.index(channel), gain, offset
 
 def _egg_stretch(data: h5py.Dataset, a: dict, place: int, gain: float, offset: float, samples: int | None, path: Path):
@@ -874,7 +925,7 @@ def _read_root_truth(path: Path) -> _Truth:
                 events.append([{k: float(v[i]) for k, v in columns.items()} for i in range(counts.pop())])
             run = {b: float(trees["Run Parameters"][b].array(library="np")[0])
                    for b in ("LOFrequency", "SamplingFrequencyMHz")} if "Run Parameters" in trees else {}
-    except (OSError, ValueError, KeyError, IndexError) as e:
+    except (OSError, ValueError, LookupError, TypeError, AttributeError) as e:
         raise DataError("a readable ROOT file of Locust", f"{type(e).__name__}: {e}", path) from e
     known = {k: v for k, v in run.items() if v > 0}
     rate = known.get("SamplingFrequencyMHz")
@@ -934,7 +985,7 @@ def read_truth(
     found = {kind: p for kind in ("root", "json") if (p := Path(f"{stem}.{kind}")).exists()}
     if not found:
         raise DataError("the truth of the run", f"no {stem.name}.root or {stem.name}.json", stem.parent,
-                        remedy="copy it there, name it with truth=, or read without labels with require=()")
+                        remedy="copy it there, give its place as truth, or require no labels")
     root = _read_root_truth(found["root"]) if "root" in found else None
     json_ = _read_json_truth(found["json"]) if "json" in found else None
     for truth, where in ((root, found.get("root")), (json_, found.get("json"))):
@@ -961,7 +1012,7 @@ def _egg_events(stretches: list[np.ndarray], offsets_s: list[float], labels: dic
         begin = np.array(offsets_s)
     elif len(stretches) > 1 or samples is None or starts is None:
         raise DataError(f"{n} acquisitions for {n} events in the truth", str(len(stretches)),
-                        remedy="if they lie one after the other in one acquisition, say how many samples= each takes")
+                        remedy="if they lie one after the other in one acquisition, say how many samples each takes")
     else:
         first = np.round(starts * rate_Hz).astype(int)
         late = np.flatnonzero((first < 0) | (first + samples > stretches[0].shape[1]))
@@ -973,7 +1024,7 @@ def _egg_events(stretches: list[np.ndarray], offsets_s: list[float], labels: dic
     lengths = [s.shape[1] for s in stretches]
     if wrong := [i for i, m in enumerate(lengths) if m != lengths[0]]:
         raise DataError(f"{lengths[0]} samples as in the first event", str(lengths[wrong[0]]), row=wrong[0],
-                        remedy="say how many samples= to take of each")
+                        remedy="say how many samples to take of each")
     shift = {k: v - begin for k, v in labels.items() if k.startswith("start_time_s")}
     return np.stack(stretches), labels | shift
 
@@ -998,7 +1049,7 @@ def read_egg(
         channel = int(np.asarray(group.attrs.get("channels", [0])).reshape(-1)[0]) if channel is None else channel
         a, place, gain, offset = _egg_channel(group, channel, path)
         rate = _agree("sampling_rate_Hz", a["acquisition_rate"] * 1e6, sampling_rate_Hz, 0, path)
-        data = [group["acquisitions"][k] for k in sorted(group.get("acquisitions", ()), key=int)]
+        data = _acquisitions(group, path)
         if not any(map(len, data)):
             raise DataError("at least one event", "no records", path, group.name.strip("/"))
         labels, lo = {}, _agree("", None, lo_frequency_Hz, LO_FREQUENCY_HZ, path)
@@ -1098,36 +1149,55 @@ def write_seed_hdf5(
                     dataset[here] = (block.ts if k is None else block.noise[k])[:, c]
 
 # %% ../../nbs/cres/22_data.ipynb #31b4ad52
+_NOT_OF_WINDOWS = ("axial_phase", "cyclotron_phase", "snr")  # of the start of the track, or of the whole record
+
+def _one_track(events: Events) -> None:
+    "Raise a `DataError` if an event has more than one track."
+    several = events.columns.get("tracks", np.zeros(len(events))) > 1
+    for name, values in events.columns.items():
+        base, _, number = name.rpartition("_")
+        if number.isdigit() and base in (*COLUMNS, "start_time_s", "track_length_s"):
+            several = several | ~np.isnan(values)
+    if several.any():
+        row = int(events.columns.get("event", np.arange(len(events)))[several.argmax()])
+        raise DataError("events of one track to cut into windows", "an event with several tracks", row=row,
+                        remedy="keep such events whole: leave the window out")
+
 def cut_windows(
-    events: Events,
+    events: Events,  # events of one track each
     samples: int,  # length of a window
     stride: int | None = None,  # samples from one window to the next; None: one after the other
 ) -> Events:  # windows in the order of events and time, with the further labels `window` and `event`
-    """Cut events into windows and correct the frequency labels for the chirp.
+    """Cut events into windows and correct the labels for the chirp and for the part of the track in the window.
 
-    Where `start_time_s` and `track_length_s` are known, windows that no part of the track reaches are left out, and
-    `start_time_s` counts from the start of the window. A `ConfigError` if no window fits.
+    Where `start_time_s` and `track_length_s` are known, windows that no part of the track reaches are left out;
+    `start_time_s` counts from the start of the window. A `ConfigError` if no window fits, a `DataError` if an event
+    has several tracks.
     """
     stride = samples if stride is None else stride
     if not 0 < samples <= events.samples or stride < 1:
         raise ConfigError(f"windows of 1 to {events.samples} samples, a stride of at least 1", f"{samples}, {stride}")
+    _one_track(events)
     first = np.arange(0, events.samples - samples + 1, stride)
     c, rate = events.columns, events.sampling_rate_Hz
     start = np.nan_to_num(c.get("start_time_s", np.zeros(len(events))))[:, None]
     duration = c.get("track_length_s", np.full(len(events), np.nan))[:, None]
     duration = np.where(np.isnan(duration), events.samples / rate - start, duration)
-    since = np.maximum(first / rate - start, 0)  # (n, w) from the start of the track to the start of the window
-    reached = (first / rate < start + duration) & ((first + samples) / rate > start)
-    row, window = np.nonzero(reached)
-    columns = {k: v[row] for k, v in c.items()}
-    if "slope_Hz" in c:
-        middle = since + samples / (2 * rate) - duration / 2
-        for name, time_s in (("start_carrier_frequency_Hz", since), ("avg_carrier_frequency_Hz", middle)):
-            if name in c:
-                columns[name] = columns[name] + columns["slope_Hz"] * time_s[row, window]
+    begin = np.maximum(first / rate, start)  # (n, w) when the part of the track in each window begins, and ends
+    end = np.minimum((first + samples) / rate, start + duration)
+    row, window = np.nonzero(end > begin)
+    begin, end, start, duration = begin[row, window], end[row, window], start[row, 0], duration[row, 0]
+    columns = {k: v[row] for k, v in c.items() if k not in _NOT_OF_WINDOWS}
+    for name, time_s in (("start_carrier_frequency_Hz", begin - start),
+                         ("avg_carrier_frequency_Hz", (begin + end) / 2 - start - duration / 2)):
+        if name in c and "slope_Hz" in c:
+            unset, shift = columns[name] == UNSET, columns["slope_Hz"] * time_s
+            columns[name] = np.where(unset, UNSET, columns[name] + shift)
     columns |= {"event": c.get("event", np.arange(len(events)))[row], "window": window.astype(float)}
     if "start_time_s" in c:
-        columns["start_time_s"] = np.maximum(start[row, 0] - first[window] / rate, 0)
+        columns["start_time_s"] = begin - first[window] / rate
+    if "track_length_s" in c:
+        columns["track_length_s"] = np.where(np.isnan(columns["track_length_s"]), np.nan, end - begin)
 
     def cut(series):
         return np.lib.stride_tricks.sliding_window_view(series, samples, 2)[row, :, first[window]]
@@ -1143,6 +1213,9 @@ class PrepareConfig:
     lo_frequency_Hz: float | None = None  # expected; where a file does not note it, this or 25.9702 GHz is taken
     samples: int | None = None  # keep only the first so many samples of each event; None: all
     window: int | None = None  # cut events into windows of so many samples (`event` is the row in the file); None: not
+    stream: int = 0  # which stream of egg files
+    channel: int | None = None  # which channel of it, by its number in the file; None: its first
+    truth: str | None = None  # folder or file of the truth of egg files; None: beside each
     noise: bool = True  # keep recorded noise
     untrapped: Literal["drop", "keep"] = "drop"  # what to do with electrons that were not trapped
     bad: Literal["stop", "skip"] = "stop"  # at a file that cannot be read: stop, or leave it out and say so
@@ -1202,11 +1275,18 @@ class PrepareSummary:
         return [f for f in self.files if f.error]
 
 # %% ../../nbs/cres/22_data.ipynb #e1cbcb06
-def _expand(inputs) -> list[Path]:
-    "The files of events that files, folders and patterns stand for, sorted within each; at least one."
-    found = {}
+def _expand(inputs, out) -> list[Path]:
+    "The files that files, folders and patterns stand for, sorted within each; at least one, and none of the output."
+    found, out = {}, Path(os.path.abspath(out))
+    output = [out.resolve(), *(out.with_name(name).resolve() for name in (f"{out.name}.part", f".{out.name}.old"))]
+
+    def written(path: Path) -> bool:
+        return any(path.resolve().is_relative_to(p) for p in output)
     for given in [inputs] if isinstance(inputs, str | os.PathLike) else inputs:
         path = Path(given)
+        if path.exists() and written(path):
+            raise DataError("inputs outside of the store to create", "one inside", path,
+                            remedy="choose another name for the store")
         if path.is_dir():
             here = [p for p in sorted(path.rglob("*")) if p.is_file() and _kind(p) and not any(
                 part.startswith(".") or part.endswith(".part") for part in p.relative_to(path).parts)]
@@ -1214,6 +1294,7 @@ def _expand(inputs) -> list[Path]:
             here = [path]
         else:
             here = [Path(p) for p in sorted(glob.glob(os.fspath(given), recursive=True)) if _kind(Path(p))]
+        here = [p for p in here if not written(p)]
         if not here:
             raise DataError("files of events, a folder or a pattern that matches some", "none", path)
         for p in here:
@@ -1255,7 +1336,7 @@ def _read_piece(path: Path, start: int, stop: int | None, config: PrepareConfig)
     "The events of a file, or of rows of it, cut to the wanted samples."
     given = (config.require, config.sampling_rate_Hz, config.lo_frequency_Hz)
     if _kind(path) == "egg":
-        return read_egg(path, *given, samples=config.samples)
+        return read_egg(path, *given, config.samples, config.truth, config.stream, config.channel)
     whole = EventStore(path, *given) if _kind(path) == "hdf5" else read_pickle(path, *given)
     if config.samples and config.samples > whole.samples:
         raise DataError(f"at least {config.samples} samples", str(whole.samples), path, remedy="ask for fewer")
@@ -1340,12 +1421,15 @@ def prepare(
 ) -> PrepareSummary:
     """Turn files of any known layout into one store.
 
-    Refuses to overwrite. Started again with the same inputs and settings after a kill, it goes on where it stopped.
+    Refuses to overwrite. What lies in `out` itself, from an earlier run, is no input. Started again with the same
+    inputs and settings after a kill, it goes on where it stopped.
     Raises a `DataError` that names file and row of the first bad input (see `PrepareConfig.bad`).
     """
     began, config = time.perf_counter(), config or PrepareConfig()
+    if config.truth is not None:
+        config = dataclasses.replace(config, truth=os.path.abspath(config.truth))  # workers may run elsewhere
     _refuse(Path(out), overwrite)
-    paths = _expand(inputs)
+    paths = _expand(inputs, out)
     tasks = dict(enumerate(_plan(paths, config)))
     stats = [(str(p), (info := p.stat()).st_size, info.st_mtime_ns) for p in paths]
     with ShardWriter(out, {"prepare": dataclasses.asdict(config), "inputs": stats}, overwrite) as writer:

@@ -183,7 +183,8 @@ def dlf_metrics(
         if not apart.any():
             return {}
         right = accuracy((score > 0) == truth)
-        auc = roc(truth, score).auc if truth.any() and not truth.all() else math.nan  # DLF2 = 1: one answer alone is right
+        both = truth.any() and not truth.all()  # a reference with DLF = 1 leaves one answer alone
+        auc = roc(truth, score).auc if both else math.nan
         return {"accuracy": right.value, "error": right.error, "auc": auc, "n": right.n}
     return {}
 

@@ -201,3 +201,9 @@ def test_exported_cells_are_short(notebook):
         wide = [line for line in lines if len(line) > MAX_LINE_LENGTH]
         assert not wide, wide
         assert not re.search(r"^\s*from\s+\S+\s+import\s+\*", source, re.M), "import names, not *"
+
+
+def test_no_data_is_tracked():
+    kinds = {".h5", ".hdf5", ".lh5", ".egg", ".root", ".pkl", ".gz", ".npz", ".npy", ".safetensors", ".pt"}
+    found = [str(p.relative_to(REPOSITORY)) for p in tracked_files() if p.suffix in kinds]
+    assert not found, f"data belongs elsewhere: {found}"

@@ -4,9 +4,9 @@
 
 # %% auto #0
 __all__ = ['ELECTRON_MASS_KEV', 'ELECTRON_MASS_EV', 'InputError', 'DataError', 'ConfigError', 'RunError', 'NotFittedError',
-           'derive_seed', 'numpy_rng', 'torch_rng', 'seed_everything', 'default_device', 'atomic_path', 'atomic_folder',
-           'to_plain', 'write_json', 'read_json', 'config_from_dict', 'FittedStep', 'checksum', 'environment',
-           'progress']
+           'about', 'failing_writes', 'derive_seed', 'numpy_rng', 'torch_rng', 'seed_everything', 'default_device',
+           'atomic_path', 'atomic_folder', 'to_plain', 'write_json', 'read_json', 'config_from_dict', 'FittedStep',
+           'checksum', 'environment', 'progress']
 
 # %% ../nbs/00_core.ipynb #8ecfa058
 import contextlib
@@ -63,6 +63,26 @@ class RunError(InputError):
 
 class NotFittedError(RuntimeError):
     """A step with fitted statistics was used before `fit` or before its weights were loaded."""
+
+# %% ../nbs/00_core.ipynb #3c6e0cfd
+@contextlib.contextmanager
+def about(path: object) -> Iterator[None]:
+    "Name `path` in a `DataError` that names no file."
+    try:
+        yield
+    except DataError as e:
+        if e.path is not None:
+            raise
+        raise DataError(e.expected, e.found, path, e.row, e.remedy) from e
+
+@contextlib.contextmanager
+def failing_writes(path: str | os.PathLike) -> Iterator[None]:
+    "Turn a failure to write `path`, such as a full disk, into a `DataError`."
+    try:
+        yield
+    except (OSError, RuntimeError) as e:
+        raise DataError("a place to write to", f"{type(e).__name__}: {e}", path,
+                        remedy="free some space, check permissions or choose another place; no part of it was left") from e
 
 # %% ../nbs/00_core.ipynb #e7a8fe94
 def derive_seed(

@@ -35,9 +35,11 @@ from deadlayer_cres.core import (
     ConfigError,
     DataError,
     InputError,
+    about,
     atomic_path,
     checksum,
     derive_seed,
+    failing_writes,
     numpy_rng,
     progress,
     read_json,
@@ -161,19 +163,10 @@ def _write_file(path: Path, events: Events, **attrs) -> None:
 def _write_shard(path: Path, events: Events) -> None:
     "Write one file of the store, whole or not at all."
     events.validate()
-    with _writing(path), atomic_path(path) as part:
+    with failing_writes(path), atomic_path(path) as part:
         _write_file(part, events, format=FORMAT, version=VERSION, checksum=events.checksum)
 
 # %% ../../nbs/cres/22_data.ipynb #90d031be
-@contextlib.contextmanager
-def _writing(path: Path) -> Iterator[None]:
-    "Turn every failure to write into a `DataError` about `path`."
-    try:
-        yield
-    except (OSError, RuntimeError) as e:
-        raise DataError("a place to write to", f"{type(e).__name__}: {e}", path,
-                        remedy="check free space and permissions") from e
-
 def _refuse(path: Path, overwrite: bool) -> None:
     "Raise a `DataError` if `path` is taken and may not be replaced."
     if path.exists() and not overwrite:
@@ -207,7 +200,7 @@ class ShardWriter:
             raise ConfigError("a folder for the shards", f"the name of a file, {self.path.name}", self.path)
         _refuse(self.path, overwrite)
         job = {"format": FORMAT, "version": VERSION, "job": json.loads(json.dumps(to_plain(job)))}
-        with _writing(self.work):
+        with failing_writes(self.work):
             _make_room(self.work, job, overwrite)
 
     def __enter__(self) -> "ShardWriter":
@@ -236,7 +229,7 @@ class ShardWriter:
             raise DataError(f"{total} shards", f"shard {missing[0]} missing", self.work, remedy="write it first")
         shards = [self.shard(i) for i in range(total)]
         index = _make_index(shards)
-        with _writing(self.path):
+        with failing_writes(self.path):
             write_json(self.work / INDEX, index)
             for empty in {p.name for p in shards} - {s["name"] for s in index["shards"]}:
                 (self.work / empty).unlink()
@@ -291,16 +284,6 @@ def _reading(path: str | os.PathLike) -> Iterator[None]:
         if "signature" in text:
             raise DataError("an HDF5 file", "something else", path) from e
         raise DataError("a readable file of events", text, path, remedy="copy or write it again") from e
-
-@contextlib.contextmanager
-def _naming(path: str | os.PathLike) -> Iterator[None]:
-    "Add the file to a `DataError` that does not name one."
-    try:
-        yield
-    except DataError as e:
-        if e.path is not None:
-            raise
-        raise DataError(e.expected, e.found, path, e.row, e.remedy) from e
 
 # %% ../../nbs/cres/22_data.ipynb #44cd423e
 def _agree(name: str, noted, given: float | None, default: float, path) -> float:
@@ -384,7 +367,7 @@ def _make_index(paths: Sequence[Path]) -> dict:
 def _check_fit(layouts: Sequence[_Layout]) -> None:
     "Raise a `DataError` unless all files have the samples, noise and frequencies of the first."
     for x in layouts[1:]:
-        with _naming(x.path):
+        with about(x.path):
             _fits(layouts[0], x, layouts[0].path.name)
 
 # %% ../../nbs/cres/22_data.ipynb #8c6bdbed
@@ -810,7 +793,7 @@ def read_pickle(
     del frame
     if i.shape != q.shape:
         raise DataError(f"{i.shape[1]} samples in output_ts_Q, as in output_ts_I", str(q.shape[1]), path)
-    with _naming(path):
+    with about(path):
         return _check_labels(Events(
             np.stack([i, q], 1), labels, _agree("", None, sampling_rate_Hz, SAMPLING_RATE_HZ, path),
             _agree("", None, lo_frequency_Hz, LO_FREQUENCY_HZ, path), {}, {"files": [str(path)], "layout": "pickle"}),
@@ -1044,7 +1027,7 @@ def read_egg(
     info = egg_info(path)
     if f"stream{stream}" not in info["streams"]:
         raise DataError(f"stream{stream}", f"{', '.join(info['streams'])}", path)
-    with _reading(path), h5py.File(path, "r") as f, _naming(path):
+    with _reading(path), h5py.File(path, "r") as f, about(path):
         group = f[f"streams/stream{stream}"]
         channel = int(np.asarray(group.attrs.get("channels", [0])).reshape(-1)[0]) if channel is None else channel
         a, place, gain, offset = _egg_channel(group, channel, path)
@@ -1137,7 +1120,7 @@ def write_seed_hdf5(
     path = Path(path)
     _refuse(path, overwrite)
     names = {None: events.samples, **dict.fromkeys(events.noise, events.samples)}
-    with _writing(path), atomic_path(path) as part, h5py.File(part, "w") as f:
+    with failing_writes(path), atomic_path(path) as part, h5py.File(part, "w") as f:
         for name, values in events.columns.items():
             f.create_dataset(name, data=values.astype(np.float32))
         sets = {k: [f.create_dataset(n, (len(events), m), np.float32) for n in _ts_names(k)] for k, m in names.items()}
@@ -1366,12 +1349,12 @@ def _prepare_task(writer: ShardWriter, number: int, pieces: list, config: Prepar
             report.dropped["untrapped"] = int((~keep).sum())
             events = events[keep]
         if config.window and len(events):
-            with _naming(path):
+            with about(path):
                 events = cut_windows(events, config.window)
         report.kept = len(events)
         if len(events):
             parts.append(events)
-            with _naming(path):
+            with about(path):
                 _fits(parts[0], events, parts[0].provenance["files"][0])
     shard = concatenate(parts) if parts else Events(None)
     shard.provenance = {"sources": [dataclasses.asdict(r) for r in reports]}
@@ -1406,7 +1389,7 @@ def _check_shard(writer: ShardWriter, first: _Layout | None, number: int) -> _La
         x = _layout(f, path)
     if x.rows and first:
         names = [y.provenance["sources"][0]["path"] for y in (x, first)]
-        with _naming(names[0]):
+        with about(names[0]):
             _fits(first, x, names[1])
     return first or (x if x.rows else None)
 
@@ -1466,7 +1449,7 @@ def merge_stores(
         try:
             os.link(shards[i], writer.shard(i))
         except OSError:
-            with _writing(writer.shard(i)), atomic_path(writer.shard(i)) as part:
+            with failing_writes(writer.shard(i)), atomic_path(writer.shard(i)) as part:
                 shutil.copyfile(shards[i], part)
     return writer.finish(len(shards))
 

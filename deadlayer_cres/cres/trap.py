@@ -14,6 +14,7 @@ import math
 import os
 import zipfile
 import zlib
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -156,7 +157,7 @@ def _float64(*values) -> list[Tensor]:
     return [torch.as_tensor(v, dtype=torch.float64, device=device) for v in values]
 
 # %% ../../nbs/cres/20_trap.ipynb #ffc3342f
-class Trap:
+class Trap(ABC):
     """A magnetic trap. One of your own needs `background_T`, `excess` and `reach_m`; the rest has defaults.
 
     Its parameters may be numbers, or tensors that require gradients.
@@ -168,9 +169,9 @@ class Trap:
     breaks_m: Sequence = ()  # positions where a derivative of the field jumps (in a symmetric trap those above 0)
     symmetric: bool = True  # the field is even in z, and the centre is 0
 
+    @abstractmethod
     def excess(self, r_m: Tensor, z_m: Tensor) -> Tensor:
         "Absolute field above the background in T, at radius and position (float64 tensors that broadcast)."
-        raise NotImplementedError
 
     def field(self, r_m, z_m) -> Tensor:
         "Absolute field in T at radius and position (numbers, arrays or tensors that broadcast)."

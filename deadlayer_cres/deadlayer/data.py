@@ -25,7 +25,16 @@ from typing import Literal
 import h5py
 import numpy as np
 
-from ..core import ConfigError, DataError, atomic_path, checksum, numpy_rng, progress, to_plain
+from deadlayer_cres.core import (
+    ConfigError,
+    DataError,
+    atomic_path,
+    checksum,
+    failing_writes,
+    numpy_rng,
+    progress,
+    to_plain,
+)
 
 # %% ../../nbs/deadlayer/12_data.ipynb #1f134302
 PUBLISHED_EXPOSURE = 1e8 * 6 / (1800 * 116.1e3)  # decays x solid-angle weight / (time in s x activity in Bq)
@@ -413,15 +422,6 @@ def _refuse(path: Path, overwrite: bool) -> None:
         raise DataError("the name of a file", "a folder", path, remedy="choose another name")
 
 @contextlib.contextmanager
-def _failing_writes(path: Path) -> Iterator[None]:
-    "Turn a failure to write, such as a full disk, into a `DataError`."
-    try:
-        yield
-    except (OSError, RuntimeError) as e:
-        raise DataError("to write the data", f"{type(e).__name__}: {e}", path,
-                        remedy="free some space or choose another place; nothing was left behind") from e
-
-@contextlib.contextmanager
 def _in_memory(path: Path) -> Iterator[h5py.File]:
     "A new HDF5 file in memory, written to `path` when the block succeeds."
     with h5py.File(path, "w", driver="core", backing_store=False) as f:
@@ -434,7 +434,7 @@ def _writing(path: str | os.PathLike, overwrite: bool) -> Iterator[h5py.File]:
     "A new HDF5 file which becomes `path` when the block succeeds, and vanishes when it fails."
     path = Path(path)
     _refuse(path, overwrite)
-    with _failing_writes(path), atomic_path(path) as part, _in_memory(part) as f:
+    with failing_writes(path), atomic_path(path) as part, _in_memory(part) as f:
         yield f
 
 # %% ../../nbs/deadlayer/12_data.ipynb #8768b8ef
@@ -549,7 +549,7 @@ def write_folder(
         if other:
             raise DataError("a folder of nothing but spectra to overwrite", other[0], folder,
                             remedy="choose another name, or empty the folder yourself")
-    with _failing_writes(folder):
+    with failing_writes(folder):
         folder.parent.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryDirectory(dir=folder.parent, prefix=f".{folder.name}.") as temporary:
             new = Path(temporary) / "folder"

@@ -6,7 +6,7 @@
 __all__ = ['SIDES', 'half_bins', 'strongest_lines', 'FoldSettings', 'Fold', 'CombTables', 'Cells', 'FoldEncoder', 'Round',
            'mixture_numbers', 'mixture', 'Components', 'components', 'log_density', 'moments', 'quantiles']
 
-# %% ../../nbs/cres/30_folding.ipynb #308a38cf
+# %% ../../nbs/cres/30_folding.ipynb #72f1fc4d
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch import nn
 from ..core import ConfigError, DataError, FittedStep
 from .trap import cyclotron_frequency, energy_from_frequency
 
-# %% ../../nbs/cres/30_folding.ipynb #f10e17bb
+# %% ../../nbs/cres/30_folding.ipynb #b1d665e5
 _TAPS = 8  # bins on either side
 
 def half_bins(
@@ -32,7 +32,7 @@ def half_bins(
     between = torch.stack([-between[:, 1], between[:, 0]], 1)  # times i
     return torch.stack([x, between], 3).flatten(2)
 
-# %% ../../nbs/cres/30_folding.ipynb #1b26c94a
+# %% ../../nbs/cres/30_folding.ipynb #e026cac8
 def strongest_lines(
     power: torch.Tensor,  # (n, 2 B) at half bins
     count: int,
@@ -44,7 +44,7 @@ def strongest_lines(
     left, top, right = (power.gather(1, k + j).clamp(min=1e-6).log() for j in (-1, 0, 1))
     return k, ((left - right) / (left - 2 * top + right).clamp(max=-1e-3) / 2).clamp(-0.5, 0.5)
 
-# %% ../../nbs/cres/30_folding.ipynb #59bf1766
+# %% ../../nbs/cres/30_folding.ipynb #bc2b4800
 @dataclass
 class FoldSettings:
     "How the spectrum is folded."
@@ -85,7 +85,7 @@ class Fold(nn.Module):
 
     line_features = 9
 
-# %% ../../nbs/cres/30_folding.ipynb #ee1d0fe6
+# %% ../../nbs/cres/30_folding.ipynb #3f193e77
 def _gather(re: torch.Tensor, im: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Real and imaginary part (n, L) at `index` (n, ...)."
     flat = index.flatten(1)
@@ -124,7 +124,7 @@ def _fold(self: Fold, x: torch.Tensor):
 
 Fold.forward = _fold
 
-# %% ../../nbs/cres/30_folding.ipynb #716e1470
+# %% ../../nbs/cres/30_folding.ipynb #84e560c1
 SIDES = 2  # of the maximum of the axial frequency
 
 class CombTables(FittedStep):
@@ -175,7 +175,7 @@ def _tabulate(y: np.ndarray, cell: np.ndarray, cells: int) -> tuple[np.ndarray, 
     sums = np.stack([np.bincount(cell, t, minlength=cells)[full] / count[full] for t in y.T])
     return np.stack([np.interp(np.arange(cells), full, s) for s in sums]), np.log(count + 0.01)
 
-# %% ../../nbs/cres/30_folding.ipynb #17da5326
+# %% ../../nbs/cres/30_folding.ipynb #4a13349f
 class Cells(NamedTuple):
     "Hypotheses about n events: J = lines x cells, K = `SIDES`, T targets."
 
@@ -231,7 +231,7 @@ class Round(nn.Module):
         seen = self.score(h).softmax(2).transpose(2, 3) @ h  # (n, lines, looks, width)
         return h + self.far(seen.flatten(2))[:, :, None]
 
-# %% ../../nbs/cres/30_folding.ipynb #32b2a693
+# %% ../../nbs/cres/30_folding.ipynb #6c7e70d1
 def _encode(self: FoldEncoder, x: torch.Tensor) -> Cells:
     "Raises `NotFittedError` before the tables are fitted."
     with torch.no_grad():
@@ -256,7 +256,7 @@ def _look_up(self: CombTables, correction: torch.Tensor, k: torch.Tensor, shift:
 
 FoldEncoder.forward, CombTables.forward = _encode, _look_up
 
-# %% ../../nbs/cres/30_folding.ipynb #46bcbb4c
+# %% ../../nbs/cres/30_folding.ipynb #54d79d86
 _EDGE = 0.02  # softness of the range of the training, in standard deviations of a target
 
 def mixture_numbers(targets: int) -> int:
@@ -289,7 +289,7 @@ def components(raw: torch.Tensor, targets: int) -> Components:
     return Components(logit.log_softmax(1), mean.unflatten(1, (m, targets)),
                       log_width.unflatten(1, (m, targets)).clamp(-9, 3))
 
-# %% ../../nbs/cres/30_folding.ipynb #d39ddac2
+# %% ../../nbs/cres/30_folding.ipynb #3b381e20
 def log_density(
     c: Components,
     y: torch.Tensor,  # (n, T) scaled targets

@@ -8,7 +8,7 @@ __all__ = ['ENCODERS', 'QUANTILES', 'HEADS', 'input_channels', 'Stem', 'ChannelN
            'S4DEncoder', 'LSTMLayer', 'LSTMEncoder', 'Oscillators', 'LinOSSLayer', 'LinOSSEncoder', 'SelfAttention',
            'ConformerEncoder', 'ConvBlock', 'CNNEncoder', 'Branch', 'GatedFusion', 'Concat', 'Denoiser', 'Prediction',
            'LossConfig', 'Head', 'MeanHead', 'GaussianHead', 'ordered_quantiles', 'QuantileHead', 'ModelConfig',
-           'in_physical_units', 'Reconstructor', 'start_branch', 'denoising_error', 'EventLoss']
+           'in_physical_units', 'Reconstructor', 'count_parameters', 'start_branch', 'denoising_error', 'EventLoss']
 
 # %% ../../nbs/cres/25_model.ipynb #d79e8bcf
 import math
@@ -105,7 +105,7 @@ def add_positions(
 
 # %% ../../nbs/cres/25_model.ipynb #13724cd4
 ENCODERS: dict[str, type] = {}
-"Kinds of encoders: a name, and a class made of (config, channels) that maps an input to a sequence (n, d_model, L')."
+"Kinds of encoders: a name, and a class made of (config, channels), whose `forward` maps an input to (n, d_model, L')."
 
 @dataclass
 class S4DSettings:
@@ -247,13 +247,20 @@ class LSTMLayer(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.lstm = nn.LSTM(width, width // 2, batch_first=True, bidirectional=True)
+        half = width // 2
+        self.lstm = nn.LSTM(width, half, batch_first=True, bidirectional=True)
+        with torch.no_grad():
+            for bias in (self.lstm.bias_ih_l0, self.lstm.bias_ih_l0_reverse):
+                bias[half:2 * half] = (1 + 999 * torch.rand(half)).log()  # forget
+                bias[:half] = -bias[half:2 * half]  # write
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.lstm(x.transpose(1, 2))[0].transpose(1, 2)
 
 class LSTMEncoder(SequenceEncoder):
-    "Bidirectional LSTM layers."
+    "Bidirectional LSTM layers over positions marked by sinusoids."
+
+    positions = True
 
     def layer(self) -> nn.Module:
         return LSTMLayer(self.config.d_model)
@@ -546,8 +553,7 @@ class Head(nn.Module):
         "The prediction in scaled units."
         raise NotImplementedError
 
-HEADS: dict[str, type[Head]] = {}
-"Kinds of heads: a name, and a class made of (width, targets, hidden)."
+HEADS: dict[str, type[Head]] = {}  # kinds of heads: a name, and a class made of (width, targets, hidden)
 
 # %% ../../nbs/cres/25_model.ipynb #d2ce9d53
 class MeanHead(Head):
@@ -693,7 +699,7 @@ class Reconstructor(nn.Module):
             raise ConfigError("at least one target", "none", row="targets")
         self.denoiser = Denoiser(config.denoiser, channels[0]) if config.task != "regress" else None
         self.branches = nn.ModuleList(Branch(e, c, not head.per_position)
-                                      for e, c in zip(encoders, channels, strict=bool(encoders)))
+                                      for e, c in zip(encoders, channels, strict=False))
         widths = [b.width for b in self.branches]
         gated = config.fusion == "gated" and len(widths) == 2
         self.fusion = GatedFusion(*widths) if gated else Concat()
@@ -725,6 +731,11 @@ class Reconstructor(nn.Module):
         for name in self.frozen:
             self.get_submodule(name).eval()
         return self
+
+# %% ../../nbs/cres/25_model.ipynb #a8e742f5
+def count_parameters(module: nn.Module) -> int:
+    "Number of trainable parameters."
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
 
 # %% ../../nbs/cres/25_model.ipynb #c8b0edef
 def start_branch(

@@ -6,7 +6,7 @@
 __all__ = ['SIDES', 'half_bins', 'strongest_lines', 'FoldSettings', 'Fold', 'CombTables', 'Cells', 'FoldEncoder', 'Round',
            'mixture_numbers', 'mixture', 'Components', 'components', 'log_density', 'moments', 'quantiles']
 
-# %% ../../nbs/cres/30_folding.ipynb #72f1fc4d
+# %% ../../nbs/cres/30_folding.ipynb #a3683fbd
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch import nn
 from ..core import ConfigError, DataError, FittedStep
 from .trap import cyclotron_frequency, energy_from_frequency
 
-# %% ../../nbs/cres/30_folding.ipynb #b1d665e5
+# %% ../../nbs/cres/30_folding.ipynb #92686059
 _TAPS = 8  # bins on either side
 
 def half_bins(
@@ -32,7 +32,7 @@ def half_bins(
     between = torch.stack([-between[:, 1], between[:, 0]], 1)  # times i
     return torch.stack([x, between], 3).flatten(2)
 
-# %% ../../nbs/cres/30_folding.ipynb #e026cac8
+# %% ../../nbs/cres/30_folding.ipynb #03d77c7c
 def strongest_lines(
     power: torch.Tensor,  # (n, 2 B) at half bins
     count: int,
@@ -44,7 +44,7 @@ def strongest_lines(
     left, top, right = (power.gather(1, k + j).clamp(min=1e-6).log() for j in (-1, 0, 1))
     return k, ((left - right) / (left - 2 * top + right).clamp(max=-1e-3) / 2).clamp(-0.5, 0.5)
 
-# %% ../../nbs/cres/30_folding.ipynb #bc2b4800
+# %% ../../nbs/cres/30_folding.ipynb #c7c7b22a
 @dataclass
 class FoldSettings:
     "How the spectrum is folded."
@@ -85,7 +85,7 @@ class Fold(nn.Module):
 
     line_features = 9
 
-# %% ../../nbs/cres/30_folding.ipynb #3f193e77
+# %% ../../nbs/cres/30_folding.ipynb #f1e3275b
 def _gather(re: torch.Tensor, im: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Real and imaginary part (n, L) at `index` (n, ...)."
     flat = index.flatten(1)
@@ -124,7 +124,7 @@ def _fold(self: Fold, x: torch.Tensor):
 
 Fold.forward = _fold
 
-# %% ../../nbs/cres/30_folding.ipynb #84e560c1
+# %% ../../nbs/cres/30_folding.ipynb #9c6a6623
 SIDES = 2  # of the maximum of the axial frequency
 
 class CombTables(FittedStep):
@@ -175,7 +175,7 @@ def _tabulate(y: np.ndarray, cell: np.ndarray, cells: int) -> tuple[np.ndarray, 
     sums = np.stack([np.bincount(cell, t, minlength=cells)[full] / count[full] for t in y.T])
     return np.stack([np.interp(np.arange(cells), full, s) for s in sums]), np.log(count + 0.01)
 
-# %% ../../nbs/cres/30_folding.ipynb #4a13349f
+# %% ../../nbs/cres/30_folding.ipynb #eb188f45
 class Cells(NamedTuple):
     "Hypotheses about n events: J = lines x cells, K = `SIDES`, T targets."
 
@@ -187,6 +187,7 @@ class Cells(NamedTuple):
     unit: torch.Tensor  # (T,) change over one bin of the line's frequency
     low: torch.Tensor  # (T,) range of the training
     high: torch.Tensor
+    nothing: torch.Tensor  # () logit of the hypothesis that no line was seen
 
 class FoldEncoder(nn.Module):
     "Spectra (n, 2, B) in units of the noise to `Cells`."
@@ -214,6 +215,7 @@ class FoldEncoder(nn.Module):
         self.norm = nn.LayerNorm(width)
         self.place = nn.Linear(2, 1, bias=False)
         self.correction = nn.Parameter(torch.zeros(SIDES, targets + 1, cells))  # of prior and means
+        self.nothing = nn.Parameter(torch.zeros(()))
         nn.init.constant_(self.place.weight, 0.5)
 
 class Round(nn.Module):
@@ -231,7 +233,7 @@ class Round(nn.Module):
         seen = self.score(h).softmax(2).transpose(2, 3) @ h  # (n, lines, looks, width)
         return h + self.far(seen.flatten(2))[:, :, None]
 
-# %% ../../nbs/cres/30_folding.ipynb #6c7e70d1
+# %% ../../nbs/cres/30_folding.ipynb #111dab71
 def _encode(self: FoldEncoder, x: torch.Tensor) -> Cells:
     "Raises `NotFittedError` before the tables are fitted."
     with torch.no_grad():
@@ -243,10 +245,10 @@ def _encode(self: FoldEncoder, x: torch.Tensor) -> Cells:
     padded = F.pad(mean, (1, 1), mode="replicate")
     slope = (padded[..., 2:] - padded[..., :-2]) / 2
     n, m = k.shape
-    t, (sides, targets, c) = self.tables, mean.shape
+    t, c = self.tables, mean.shape[-1]
     by_line = (mean.permute(2, 0, 1) + anchor[:, :, None, None, None] * (t.unit > 0)).flatten(1, 2)  # (n, J, K, T)
     return Cells(self.norm(h).flatten(1, 2), prior.T.repeat(m, 1), by_line, slope.permute(2, 0, 1).repeat(m, 1, 1),
-                 self.place(cells[..., -2:]).view(n, m * c), t.unit, t.low, t.high)
+                 self.place(cells[..., -2:]).view(n, m * c), t.unit, t.low, t.high, self.nothing)
 
 def _look_up(self: CombTables, correction: torch.Tensor, k: torch.Tensor, shift: torch.Tensor):
     "Prior (K, cells) and means (K, T, cells) with their learned corrections, and scaled energies of the lines, (n, lines)."
@@ -256,7 +258,7 @@ def _look_up(self: CombTables, correction: torch.Tensor, k: torch.Tensor, shift:
 
 FoldEncoder.forward, CombTables.forward = _encode, _look_up
 
-# %% ../../nbs/cres/30_folding.ipynb #54d79d86
+# %% ../../nbs/cres/30_folding.ipynb #5b7f560a
 _EDGE = 0.02  # softness of the range of the training, in standard deviations of a target
 
 def mixture_numbers(targets: int) -> int:
@@ -266,14 +268,16 @@ def mixture_numbers(targets: int) -> int:
 def mixture(
     cells: Cells,
     numbers: torch.Tensor,  # (n, J, `mixture_numbers(T)`)
-) -> torch.Tensor:  # (n, M (1 + 2 T)) logits, then means, then log widths of M = J K components
-    "The mixture in scaled targets, as one row for each event."
+) -> torch.Tensor:  # (n, M (1 + 2 T)) logits, then means, then log widths of M = J K + 1 components
+    "The mixture in scaled targets, as one row for each event; its last component is the whole training, N(0, 1)."
     o = numbers.unflatten(-1, (SIDES, -1))
     along = (cells.place[..., None] + o[..., 1])[..., None]
     mean = cells.mean + along * cells.slope + o[..., 2, None] * cells.unit
     inside = F.logsigmoid((mean - cells.low) / _EDGE) + F.logsigmoid((cells.high - mean) / _EDGE)
     logit = cells.log_prior + o[..., 0] + inside.sum(-1)
-    return torch.cat([logit.flatten(1), mean.flatten(1), o[..., 3:].flatten(1)], 1)
+    whole = torch.zeros_like(cells.low).expand(len(o), -1)
+    parts = [logit.flatten(1), cells.nothing.expand(len(o), 1), mean.flatten(1), whole, o[..., 3:].flatten(1), whole]
+    return torch.cat(parts, 1)
 
 class Components(NamedTuple):
     "A mixture of M Gaussians for n events and T targets."
@@ -289,7 +293,7 @@ def components(raw: torch.Tensor, targets: int) -> Components:
     return Components(logit.log_softmax(1), mean.unflatten(1, (m, targets)),
                       log_width.unflatten(1, (m, targets)).clamp(-9, 3))
 
-# %% ../../nbs/cres/30_folding.ipynb #3b381e20
+# %% ../../nbs/cres/30_folding.ipynb #3d441c4f
 def log_density(
     c: Components,
     y: torch.Tensor,  # (n, T) scaled targets

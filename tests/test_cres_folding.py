@@ -88,8 +88,8 @@ def test_a_pair_stands_in_its_cell():
     at = int(plus[77 // 2].argmax())
     turned = torch.complex(cells[..., 2 * m + 2 * w:3 * m + 2 * w], cells[..., 3 * m + 2 * w:4 * m + 2 * w])
     assert float(turned[0, 0, 77 // 2, at].angle()) == pytest.approx(1.3 + 2.0 - 2 * 0.3, abs=0.05)
-    centre = float(cells[0, 0, 77 // 2, -2])  # 77 = 2 x 38.5: half a cell from its beginning
-    assert centre == pytest.approx(0.0, abs=0.1)
+    centre = float(cells[0, 0, 77 // 2, -2])  # 77 bins = 38.5 cells: the middle of one
+    assert centre == pytest.approx(0.0, abs=0.02)
 
 
 def test_the_phases_of_the_motion_cancel():
@@ -139,7 +139,7 @@ def test_density_is_normalised(net):
     assert float(density.exp().sum()) * 0.02**2 == pytest.approx(1, abs=0.01)
     w, width = c.log_weight.exp(), c.log_width.exp()
     level = (w[..., None] * torch.special.ndtr((quantiles(c, (0.3,))[..., 0][:, None] - c.mean) / width)).sum(1)
-    assert torch.allclose(level, torch.full_like(level, 0.3), atol=1e-6)
+    assert torch.allclose(level, torch.full_like(level, 0.3), atol=2e-3)  # the lighter components are points
 
 
 def test_loss_is_the_log_density_and_reaches_every_weight(net):

@@ -6,7 +6,7 @@
 __all__ = ['SIDES', 'half_bins', 'strongest_lines', 'FoldSettings', 'Fold', 'CombTables', 'Cells', 'FoldEncoder', 'Round',
            'mixture_numbers', 'mixture', 'Components', 'components', 'log_density', 'moments', 'quantiles']
 
-# %% ../../nbs/cres/30_folding.ipynb #a3683fbd
+# %% ../../nbs/cres/30_folding.ipynb #a18ffbfb
 import math
 from dataclasses import dataclass
 from typing import NamedTuple
@@ -19,7 +19,7 @@ from torch import nn
 from ..core import ConfigError, DataError, FittedStep
 from .trap import cyclotron_frequency, energy_from_frequency
 
-# %% ../../nbs/cres/30_folding.ipynb #92686059
+# %% ../../nbs/cres/30_folding.ipynb #119b80bd
 _TAPS = 8  # bins on either side
 
 def half_bins(
@@ -32,7 +32,7 @@ def half_bins(
     between = torch.stack([-between[:, 1], between[:, 0]], 1)  # times i
     return torch.stack([x, between], 3).flatten(2)
 
-# %% ../../nbs/cres/30_folding.ipynb #03d77c7c
+# %% ../../nbs/cres/30_folding.ipynb #ead3d6d9
 def strongest_lines(
     power: torch.Tensor,  # (n, 2 B) at half bins
     count: int,
@@ -44,7 +44,7 @@ def strongest_lines(
     left, top, right = (power.gather(1, k + j).clamp(min=1e-6).log() for j in (-1, 0, 1))
     return k, ((left - right) / (left - 2 * top + right).clamp(max=-1e-3) / 2).clamp(-0.5, 0.5)
 
-# %% ../../nbs/cres/30_folding.ipynb #c7c7b22a
+# %% ../../nbs/cres/30_folding.ipynb #37d29e80
 @dataclass
 class FoldSettings:
     "How the spectrum is folded."
@@ -76,8 +76,8 @@ class Fold(nn.Module):
             raise ConfigError(f"a spectrum of at least {2 * settings.lines + 4} bins", str(bins), row="lines")
         self.register_buffer("offsets", torch.cat([first, -first, second, -second], 1), persistent=False)
         for name, size, scale in (("first", self.sizes[0], 2), ("second", self.sizes[1], 4)):
-            at = (torch.arange(size) - (size - 1) / 2) / (scale * width)
-            self.register_buffer(name, at, persistent=False)  # in cells
+            at = (torch.arange(size) - 2 - scale * width / 2) / (scale * width)
+            self.register_buffer(name, at, persistent=False)  # from the middle, in cells
 
     @property
     def cell_features(self) -> int:
@@ -85,7 +85,7 @@ class Fold(nn.Module):
 
     line_features = 9
 
-# %% ../../nbs/cres/30_folding.ipynb #f1e3275b
+# %% ../../nbs/cres/30_folding.ipynb #7e405fdf
 def _gather(re: torch.Tensor, im: torch.Tensor, index: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
     "Real and imaginary part (n, L) at `index` (n, ...)."
     flat = index.flatten(1)
@@ -124,7 +124,7 @@ def _fold(self: Fold, x: torch.Tensor):
 
 Fold.forward = _fold
 
-# %% ../../nbs/cres/30_folding.ipynb #9c6a6623
+# %% ../../nbs/cres/30_folding.ipynb #7c5f56d9
 SIDES = 2  # of the maximum of the axial frequency
 
 class CombTables(FittedStep):
@@ -175,7 +175,7 @@ def _tabulate(y: np.ndarray, cell: np.ndarray, cells: int) -> tuple[np.ndarray, 
     sums = np.stack([np.bincount(cell, t, minlength=cells)[full] / count[full] for t in y.T])
     return np.stack([np.interp(np.arange(cells), full, s) for s in sums]), np.log(count + 0.01)
 
-# %% ../../nbs/cres/30_folding.ipynb #eb188f45
+# %% ../../nbs/cres/30_folding.ipynb #1112e0ba
 class Cells(NamedTuple):
     "Hypotheses about n events: J = lines x cells, K = `SIDES`, T targets."
 
@@ -233,7 +233,7 @@ class Round(nn.Module):
         seen = self.score(h).softmax(2).transpose(2, 3) @ h  # (n, lines, looks, width)
         return h + self.far(seen.flatten(2))[:, :, None]
 
-# %% ../../nbs/cres/30_folding.ipynb #111dab71
+# %% ../../nbs/cres/30_folding.ipynb #57d2d114
 def _encode(self: FoldEncoder, x: torch.Tensor) -> Cells:
     "Raises `NotFittedError` before the tables are fitted."
     with torch.no_grad():
@@ -258,7 +258,7 @@ def _look_up(self: CombTables, correction: torch.Tensor, k: torch.Tensor, shift:
 
 FoldEncoder.forward, CombTables.forward = _encode, _look_up
 
-# %% ../../nbs/cres/30_folding.ipynb #5b7f560a
+# %% ../../nbs/cres/30_folding.ipynb #edba37db
 _EDGE = 0.02  # softness of the range of the training, in standard deviations of a target
 
 def mixture_numbers(targets: int) -> int:
@@ -293,7 +293,7 @@ def components(raw: torch.Tensor, targets: int) -> Components:
     return Components(logit.log_softmax(1), mean.unflatten(1, (m, targets)),
                       log_width.unflatten(1, (m, targets)).clamp(-9, 3))
 
-# %% ../../nbs/cres/30_folding.ipynb #3d441c4f
+# %% ../../nbs/cres/30_folding.ipynb #63dad6e4
 def log_density(
     c: Components,
     y: torch.Tensor,  # (n, T) scaled targets
@@ -310,19 +310,25 @@ def moments(c: Components) -> tuple[torch.Tensor, torch.Tensor]:  # (n, T) mean 
     variance = (w * ((2 * c.log_width).exp() + (c.mean - mean[:, None]).square())).sum(1)
     return mean, variance.sqrt()
 
+_SMOOTH = 128  # components whose widths count for quantiles; the others, which weigh less than 1 %, are points
+
 def quantiles(
     c: Components,
     levels: tuple[float, ...],
     steps: int = 40,  # of the bisection
 ) -> torch.Tensor:  # (n, T, Q)
     "Quantiles of each target, by bisection of the distribution function."
-    w, width = c.log_weight.exp()[..., None], c.log_width.exp()
-    out = []
-    for level in levels:
-        low, high = (c.mean - 6 * width).amin(1), (c.mean + 6 * width).amax(1)
-        for _ in range(steps):
-            middle = (low + high) / 2
-            below = (w * torch.special.ndtr((middle[:, None] - c.mean) / width)).sum(1) < level
-            low, high = torch.where(below, middle, low), torch.where(below, high, middle)
-        out.append((low + high) / 2)
-    return torch.stack(out, -1)
+    order = c.log_weight.argsort(1, descending=True)
+    w = c.log_weight.exp().gather(1, order)
+    mean, width = (v.gather(1, order[..., None].expand_as(v)).transpose(1, 2) for v in (c.mean, c.log_width.exp()))
+    at, rank = mean[..., _SMOOTH:].sort(-1)  # (n, T, R)
+    below = F.pad(w[:, None, _SMOOTH:].expand_as(at).gather(-1, rank).cumsum(-1), (1, 0))
+    m, s, w = mean[..., None, :_SMOOTH], width[..., None, :_SMOOTH], w[:, None, None, :_SMOOTH]
+    wanted = torch.tensor(levels, dtype=w.dtype, device=w.device)
+    low = (mean - 6 * width).amin(-1, keepdim=True).expand(-1, -1, len(levels))
+    high = (mean + 6 * width).amax(-1, keepdim=True).expand(-1, -1, len(levels))
+    for _ in range(steps):
+        x = (low + high) / 2
+        part = below.gather(-1, torch.searchsorted(at, x)) + (w * torch.special.ndtr((x[..., None] - m) / s)).sum(-1)
+        low, high = torch.where(part < wanted, x, low), torch.where(part < wanted, high, x)
+    return (low + high) / 2

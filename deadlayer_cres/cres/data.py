@@ -7,7 +7,8 @@ __all__ = ['SAMPLING_RATE_HZ', 'LO_FREQUENCY_HZ', 'COLUMNS', 'UNSET', 'FORMAT', 
            'Events', 'ShardWriter', 'EventStore', 'concatenate', 'write_store', 'read_store', 'shared_data', 'trapped',
            'read_pickle', 'egg_info', 'read_truth', 'read_egg', 'plot_spectrum', 'read_phyts', 'read_events',
            'write_seed_hdf5', 'cut_windows', 'PrepareConfig', 'FileReport', 'PrepareSummary', 'prepare', 'merge_stores',
-           'event_lots', 'SplitConfig', 'EventBatches', 'BlockBatches', 'plot_labels']
+           'event_lots', 'SplitConfig', 'EventBatches', 'BlockBatches', 'EfficiencyGrid', 'read_efficiency',
+           'plot_labels']
 
 # %% ../../nbs/cres/22_data.ipynb #137d9cf4
 import contextlib
@@ -15,12 +16,15 @@ import dataclasses
 import glob
 import gzip
 import importlib
+import itertools
 import json
+import math
 import os
 import pickle
 import re
 import shutil
 import time
+import zipfile
 import zlib
 from collections.abc import Iterable, Iterator, Sequence
 from pathlib import Path
@@ -1630,6 +1634,68 @@ class _Buffers(IterableDataset):
             events = b.store.read(rows, b.samples, () if b.noise is None else (b.noise,))
             ts = events.ts if b.noise is None else events.ts + events.noise[b.noise]
             yield torch.from_numpy(ts), torch.from_numpy(_targets(events.columns, b.targets))
+
+# %% ../../nbs/cres/22_data.ipynb #f21426fc
+class EfficiencyGrid:
+    "Detection efficiency at any energy in eV, pitch angle in degrees and radius in m, between the points of a grid."
+
+    def __init__(
+        self,
+        energies_eV,  # (a,) ascending, at least 2
+        pitches_deg,  # (b,) ascending, at least 2
+        radii_m,  # (c,) ascending, at least 2
+        epsilon,  # (a, b, c) from 0 to 1
+    ):
+        self.axes = tuple(torch.as_tensor(v, dtype=torch.float64) for v in (energies_eV, pitches_deg, radii_m))
+        self.epsilon = torch.as_tensor(epsilon, dtype=torch.float64)
+        for name, axis in zip(("energies", "pitches", "radii"), self.axes, strict=True):
+            if axis.ndim != 1 or len(axis) < 2 or not (axis.diff() > 0).all():
+                raise DataError("at least two ascending numbers", f"shape {tuple(axis.shape)}", row=name)
+        shape = tuple(map(len, self.axes))
+        if self.epsilon.shape != shape or not ((self.epsilon > -1e-6) & (self.epsilon < 1 + 1e-6)).all():
+            raise DataError(f"efficiencies from 0 to 1 of shape {shape}", f"shape {tuple(self.epsilon.shape)}, values "
+                            f"from {self.epsilon.min():.3g} to {self.epsilon.max():.3g}", row="epsilon")
+        self.epsilon = self.epsilon.clamp(0, 1)
+
+    def __call__(self, energy_eV, pitch_angle_deg, radius_m):  # (n,) each; (n,) float64, tensor or array like them
+        "Efficiency by linear interpolation; pitch angles above 90 degrees count from the other side."
+        x = [torch.as_tensor(v, dtype=torch.float64) for v in (energy_eV, pitch_angle_deg, radius_m)]
+        if self.epsilon.device != x[0].device:
+            self.axes, self.epsilon = tuple(a.to(x[0].device) for a in self.axes), self.epsilon.to(x[0].device)
+        x[1] = 90 - (90 - x[1]).abs()
+        lower, share = zip(*map(_place, self.axes, x), strict=True)
+        value = 0.0
+        for corner in itertools.product((0, 1), repeat=3):
+            weight = math.prod(s if up else 1 - s for s, up in zip(share, corner, strict=True))
+            value = value + weight * self.epsilon[tuple(i + up for i, up in zip(lower, corner, strict=True))]
+        return value if isinstance(energy_eV, torch.Tensor) else value.numpy()
+
+def _place(axis: torch.Tensor, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+    "The point of `axis` below each `x`, and how far it is to the next, from 0 to 1."
+    i = (torch.searchsorted(axis, x.contiguous(), right=True) - 1).clamp(0, len(axis) - 2)
+    return i, ((x - axis[i]) / (axis[i + 1] - axis[i])).clamp(0, 1)
+
+# %% ../../nbs/cres/22_data.ipynb #ed636b19
+def read_efficiency(
+    path: str | os.PathLike,  # .npz with thresholds, energies, pitches, radii and epsilon (thresholds, ..., radii)
+    threshold: int = 4,  # which of the thresholds; the published analysis uses 4, about 9 sigma
+) -> EfficiencyGrid:
+    "Read a grid of efficiencies at one threshold; raises `DataError` for a file of another kind."
+    names = ("thresholds", "energies", "pitches", "radii", "epsilon")
+    try:
+        with np.load(path, allow_pickle=False) as f:
+            grid = {name: f[name] for name in names if name in f.files}
+    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
+        raise DataError("a grid of efficiencies (.npz)", f"{type(e).__name__}: {e}", path) from e
+    if missing := [name for name in names if name not in grid]:
+        raise DataError(f"the arrays {', '.join(names)}", f"no {missing[0]}", path)
+    count = grid["epsilon"].shape[0] if grid["epsilon"].ndim == 4 else 0
+    if count != len(grid["thresholds"]):
+        raise DataError("epsilon of shape (thresholds, energies, pitches, radii)", f"{grid['epsilon'].shape}", path)
+    if not 0 <= threshold < count:
+        raise ConfigError(f"a threshold from 0 to {count - 1}", str(threshold), path, row="threshold")
+    with about(path):
+        return EfficiencyGrid(*(grid[name] for name in names[1:4]), grid["epsilon"][threshold])
 
 # %% ../../nbs/cres/22_data.ipynb #b273d7fa
 def plot_labels(

@@ -24,6 +24,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from shutil import which
+from typing import get_args, get_type_hints
 
 import numpy as np
 import torch
@@ -206,12 +207,17 @@ def config_from_dict(
         raise ConfigError("the settings of a run", " ".join(str(e).split()), row="config") from e
     return _build(cls, settings)
 
-def _build(cls, settings):
-    parts = {f.name: f.default_factory for f in dataclasses.fields(cls) if dataclasses.is_dataclass(f.default_factory)}
-    wrong = next((name for name in parts if not isinstance(settings.get(name), dict)), None)
-    if wrong:
-        raise ConfigError("a group of settings", repr(settings.get(wrong)), row=wrong)
-    return cls(**{k: _build(parts[k], v) if k in parts else v for k, v in settings.items()})
+def _build(kind, value, name: str = "config"):
+    "A value of the type `kind`, with the dictionaries in it made into its dataclasses; also X | None and list[X]."
+    if dataclasses.is_dataclass(kind):
+        if not isinstance(value, dict):
+            raise ConfigError("a group of settings", repr(value), row=name)
+        kinds = get_type_hints(kind)
+        return kind(**{k: _build(kinds[k], v, k) for k, v in value.items()})
+    inner = next((k for k in get_args(kind) if dataclasses.is_dataclass(k)), None)
+    if inner and isinstance(value, dict):
+        return _build(inner, value, name)
+    return [_build(inner, v, name) for v in value] if inner and isinstance(value, list) else value
 
 # %% ../nbs/00_core.ipynb #f159a740
 def _mark_fitted(step: "FittedStep", _) -> None:

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'prepare', 'Pipeline', 'BatchSteps', 'Batches', 'as_dataloaders', 'TrainConfig', 'param_groups',
-           'lr_factor', 'SeedEpoch', 'Accumulate', 'Schedule', 'Tracker', 'EpochLoss', 'ResetLoss', 'AutocastBF16',
-           'ShowProgress', 'History', 'build_learner', 'predict', 'Run', 'Checkpoint', 'Replay', 'fit']
+           'lr_factor', 'world_size', 'rank', 'barrier', 'processes', 'share', 'all_rows', 'Distributed', 'SeedEpoch',
+           'Accumulate', 'Schedule', 'Tracker', 'EpochLoss', 'ResetLoss', 'AutocastBF16', 'ShowProgress', 'History',
+           'build_learner', 'predict', 'Run', 'Checkpoint', 'Replay', 'fit']
 
 # %% ../nbs/01_train.ipynb #2d099357
 import contextlib
@@ -24,6 +25,7 @@ from pathlib import Path
 from typing import Literal
 
 import torch
+import torch.distributed as dist
 import yaml
 from fastai.callback.core import Callback, CancelBatchException, CancelFitException
 from fastai.callback.fp16 import MixedPrecision
@@ -159,9 +161,11 @@ class TrainConfig:
 
     epochs: int = 20  # passes over the training batches
     lr: float = 1e-3  # highest learning rate of the groups that do not bring their own
-    schedule: Literal["one_cycle", "cosine", "plateau", "inverse_sqrt", "constant"] = "one_cycle"  # see `lr_factor`
+    schedule: Literal["one_cycle", "cosine", "plateau", "exponential", "inverse_sqrt", "constant"] = "one_cycle"  # how
+    # the rate changes, see `lr_factor`
     warmup: float = 0.25  # fraction of the training spent rising (one_cycle, cosine)
     warmup_steps: int = 4000  # steps spent rising (inverse_sqrt)
+    decay: float = 0.9  # what the rate is multiplied by after every epoch (exponential)
     weight_decay: float = 0.01  # decoupled decay of the weights of linear, convolutional and recurrent layers
     beta1: float = 0.9  # memory of the mean gradient in AdamW
     beta2: float = 0.999  # memory of the mean squared gradient in AdamW
@@ -201,9 +205,10 @@ def _real(text, right, none=False):
 _CONFIG_CHECKS = {
     "epochs": _whole(1),
     "lr": _real("a number above 0", lambda v: v > 0),
-    "schedule": _one_of("one_cycle", "cosine", "plateau", "inverse_sqrt", "constant"),
+    "schedule": _one_of("one_cycle", "cosine", "plateau", "exponential", "inverse_sqrt", "constant"),
     "warmup": _real("a fraction from 0 to below 1", lambda v: 0 <= v < 1),
     "warmup_steps": _whole(1),
+    "decay": _real("a number above 0, up to 1", lambda v: 0 < v <= 1),
     "weight_decay": _real("a number of at least 0", lambda v: v >= 0),
     "beta1": _real("a number from 0 to below 1", lambda v: 0 <= v < 1),
     "beta2": _real("a number from 0 to below 1", lambda v: 0 <= v < 1),
@@ -270,7 +275,97 @@ def lr_factor(
     if config.schedule == "inverse_sqrt":
         n = step + 1
         return min(n**-0.5, n * config.warmup_steps**-1.5)
+    if config.schedule == "exponential":
+        return config.decay ** (step * config.epochs // total)
     return config.plateau_factor**reductions if config.schedule == "plateau" else 1.0
+
+# %% ../nbs/01_train.ipynb #ca0ecb43
+def world_size() -> int:
+    "How many processes train together."
+    return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
+
+def rank() -> int:
+    "The number of this process; process 0 writes the run."
+    return dist.get_rank() if world_size() > 1 else 0
+
+def barrier() -> None:
+    "Wait until all processes have come this far."
+    if world_size() > 1:
+        dist.barrier()
+
+@contextlib.contextmanager
+def processes(device: str | torch.device | None = None) -> Iterator[torch.device]:
+    "Join the processes that a launcher has started, if any; yields the device of this one."
+    device, several = torch.device(device or default_device()), int(os.environ.get("WORLD_SIZE", "1")) > 1
+    if several and device.type == "cuda":
+        device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
+        torch.cuda.set_device(device)
+    join = several and not dist.is_initialized()
+    if join:
+        dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
+    try:
+        yield device
+    finally:
+        if join:
+            dist.destroy_process_group()
+
+# %% ../nbs/01_train.ipynb #3f46db9f
+def share(n: int) -> slice:
+    "The rows of a batch of `n` that are this process's."
+    return slice(n * rank() // world_size(), n * (rank() + 1) // world_size())
+
+def all_rows(x: torch.Tensor) -> torch.Tensor:  # on the CPU
+    "The rows (n, ...) that the processes have, one process after the other."
+    parts = [x.detach().cpu()]
+    if world_size() > 1:
+        parts *= world_size()
+        dist.all_gather_object(parts, x.detach().cpu())
+    return torch.cat(parts)
+
+# %% ../nbs/01_train.ipynb #dd6ef2a0
+class Distributed(Callback):
+    "Let several processes, each with its share of every batch, train as one would with whole batches."
+
+    order = MixedPrecision.order - 2  # after the gradients were accumulated, before they are unscaled and clipped
+
+    def before_fit(self):
+        self._copy(self.learn.pipeline.state_dict().values())
+
+    def before_validate(self):
+        self._copy(self.learn.model.buffers())
+
+    @staticmethod
+    def _copy(tensors: Iterable[torch.Tensor]):
+        for t in tensors:
+            dist.broadcast(t, 0)
+
+    def after_loss(self):
+        if self.learn.training:
+            rows = torch.tensor(float(find_bs(self.learn.yb)), device=self.learn.loss_grad.device)
+            mean = rows.clone()
+            dist.all_reduce(mean)
+            self.learn.loss_grad = self.learn.loss_grad * (rows / mean * world_size())
+
+    def before_step(self):
+        grads = [p.grad for p in self.learn.model.parameters() if p.grad is not None]
+        flat = torch.cat([g.flatten() for g in grads])
+        dist.all_reduce(flat)
+        for g, total in zip(grads, flat.split([g.numel() for g in grads]), strict=True):
+            g.copy_(total.view_as(g) / world_size())
+
+    def after_train(self):
+        self._sum(self.learn.recorder.smooth_loss)
+
+    def after_validate(self):
+        for metric in [self.learn.recorder.loss, *self.learn.metrics]:
+            self._sum(metric)
+
+    def _sum(self, metric):
+        "Add up a mean that is kept as `total` and `count`."
+        if hasattr(metric, "total") and hasattr(metric, "count"):
+            both = torch.tensor([float(metric.total), metric.count], dtype=torch.float64, device=self.learn.dls.device)
+            dist.all_reduce(both)
+            metric.total, metric.count = both
 
 # %% ../nbs/01_train.ipynb #9bc4e38a
 class SeedEpoch(Callback):
@@ -282,7 +377,7 @@ class SeedEpoch(Callback):
         self.seed = seed
 
     def before_train(self):
-        seed_everything(self.seed, "epoch", self.learn.epoch)
+        seed_everything(self.seed, "epoch", self.learn.epoch, *([rank()] if rank() else []))
         self._tell(self.learn.dls.train, self.learn.epoch)
 
     def before_validate(self):
@@ -500,8 +595,9 @@ def build_learner(
     ours += [History()]
     ours += [GradientClip(config.grad_clip)] if config.grad_clip else []
     ours += [Accumulate(config.accumulate)] if config.accumulate > 1 else []
+    ours += [Distributed()] if world_size() > 1 else []
     ours += {"fp32": [], "fp16": [MixedPrecision()], "bf16": [AutocastBF16()]}[config.precision]
-    ours += [ShowProgress()] if config.progress else []
+    ours += [ShowProgress()] if config.progress and rank() == 0 else []
     learn = Learner(dls, pipeline.net, loss_func, opt_func=partial(_adamw, net=pipeline.net, config=config),
                     lr=config.lr, metrics=list(metrics), wd_bn_bias=True, cbs=[*ours, *cbs])
     learn.remove_cbs(ProgressCallback)
@@ -804,6 +900,8 @@ class Checkpoint(Callback):
             learn.scaler.load_state_dict(self.resumed["scaler"])
 
     def commit(self):
+        if rank():
+            return
         learn = self.learn
         state = learn.opt.opt.state_dict()["state"]
         tensors = {f"model.{k}": v for k, v in learn.pipeline.state_dict().items()}
@@ -863,16 +961,18 @@ def fit(
     if config != learn.train_config:
         raise ConfigError("the config the learner was built with", "another one")
     state = run.checkpoint_state()
+    barrier()  # all have read it, before one writes
     if state and not resume:
         raise RunError("a run that has not been trained", f"{len(state['history'])} epochs", run.path,
                        remedy="resume it, overwrite it, or choose another folder")
-    for part in run.path.glob(".*.part"):
+    for part in run.path.glob(".*.part") if rank() == 0 else ():
         part.unlink()  # what a killed program was just writing
     if state:
         _same(run.path, state["config"], to_plain(config), "train")
-        run.settle(state)
+        run.settle(state if rank() == 0 else None)
     if state and state["finished"]:
-        print(f"{run.path}: finished after {len(state['history'])} epochs already; nothing to do", file=sys.stderr)
+        if rank() == 0:
+            print(f"{run.path}: finished after {len(state['history'])} epochs already; nothing to do", file=sys.stderr)
     else:
         rows = state["history"] if state else []
         try:
@@ -882,5 +982,6 @@ def fit(
                 getattr(cb, "close", lambda: None)()
         if learn.tracker.best_epoch is None:
             raise RunError("a finite value in some epoch", "none", run.path, config.monitor)
+    barrier()
     run.load_weights(learn.pipeline)
     return run.history

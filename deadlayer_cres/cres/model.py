@@ -360,7 +360,7 @@ class SelfAttention(nn.Module):
         self.qkv, self.out = nn.Conv1d(width, 3 * width, 1, bias=False), nn.Conv1d(width, width, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)
+        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).contiguous().unbind(1)
         y = F.scaled_dot_product_attention(q, k, v)  # (n, heads, L, width / heads)
         return self.out(y.transpose(-1, -2).flatten(1, 2))
 

@@ -374,7 +374,7 @@ class SelfAttention(nn.Module):
         self.qkv, self.out = nn.Conv1d(width, 3 * width, 1, bias=False), nn.Conv1d(width, width, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)
+        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).contiguous().unbind(1)
         y = F.scaled_dot_product_attention(q, k, v)  # (n, heads, L, width / heads)
         return self.out(y.transpose(-1, -2).flatten(1, 2))
 
@@ -853,12 +853,15 @@ def start_branch(
     source, name = ("denoiser", "denoiser") if part == "denoiser" else ("branches.0", f"branches.{part}")
     weights = {k.removeprefix("net.").removeprefix(source + "."): v for k, v in state_dict.items()
                if k.removeprefix("net.").startswith(source + ".")}
-    try:
-        target = net.get_submodule(name)
-        target.load_state_dict(weights)
-    except (AttributeError, RuntimeError) as e:
-        raise ConfigError(f"weights of the same architecture for {name}", " ".join(str(e).split()), row="start_from",
-                          remedy="give the branch the settings of the run that it starts from") from e
+    target = dict(net.named_modules()).get(name, nn.Module())
+    shapes, given = ({k: tuple(v.shape) for k, v in w.items()} for w in (target.state_dict(), weights))
+    wrong = sorted(k for k in shapes.keys() | given.keys() if shapes.get(k) != given.get(k))
+    if wrong or not shapes:
+        k = wrong[0] if wrong else "weights"
+        raise ConfigError(f"weights of the architecture of {name}, {k} {shapes.get(k, 'absent')}",
+                          f"{given.get(k, 'absent')}", row="start_from",
+                          remedy="give this part of the network the settings of the run that it starts from")
+    target.load_state_dict(weights)
     if freeze:
         target.requires_grad_(False).eval()
         net.frozen.add(name)

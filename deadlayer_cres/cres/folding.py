@@ -321,7 +321,7 @@ def quantiles(
     order = c.log_weight.argsort(1, descending=True)
     w = c.log_weight.exp().gather(1, order)
     mean, width = (v.gather(1, order[..., None].expand_as(v)).transpose(1, 2) for v in (c.mean, c.log_width.exp()))
-    at, rank = mean[..., _SMOOTH:].sort(-1)  # (n, T, R)
+    at, rank = mean[..., _SMOOTH:].contiguous().sort(-1)  # (n, T, R)
     below = F.pad(w[:, None, _SMOOTH:].expand_as(at).gather(-1, rank).cumsum(-1), (1, 0))
     m, s, w = mean[..., None, :_SMOOTH], width[..., None, :_SMOOTH], w[:, None, None, :_SMOOTH]
     wanted = torch.tensor(levels, dtype=w.dtype, device=w.device)

@@ -43,7 +43,7 @@ from deadlayer_cres.cres.data import (
     concatenate,
     read_events,
 )
-from .model import EventLoss, LossConfig, ModelConfig, Reconstructor, input_channels, start_branch
+from .model import Axis, EventLoss, LossConfig, ModelConfig, Reconstructor, input_channels, start_branch
 from .prep import AddColouredNoise, AddNoise, ParallelPrep, Prep, PrepConfig, build_prep
 from .simulate import LABELS, SimulateConfig, Simulator
 from deadlayer_cres.train import (
@@ -138,6 +138,12 @@ class Config:
             raise ConfigError(f"at most {len(self.model.encoders)} runs, one for each branch",
                               str(len(self.start_from.branches)), row="start_from.branches")
         _check_noise(self)
+        p, fold = self.prep, any(e.kind == "fold" for e in self.model.encoders) and self.model.task != "denoise"
+        if fold and (p.representation, p.window, p.log_power) != ("spectrum", "boxcar", False):
+            raise ConfigError("representation spectrum, window boxcar and no log_power for the encoder fold",
+                              f"{p.representation}, {p.window}, {p.log_power}", row="prep")
+        if fold and p.scale not in ("amplitude", "standard"):
+            raise ConfigError("amplitude or standard for the encoder fold", repr(p.scale), row="prep.scale")
 
 def _check_noise(c: Config) -> None:
     "Noise must be added once and only once."
@@ -267,6 +273,12 @@ class StreamSource:
         n = c.valid_batches if fixed else c.batches_per_epoch
         return StreamBatches(self.simulator, n, c.batch_size, columns, fixed)
 
+    def labels(self, names: Sequence[str], n: int = 16_384) -> np.ndarray:  # (names, n)
+        "Labels of training events."
+        s = self.simulator.reseeded("train")
+        labels = s.labels(s.tracks(n), n)
+        return np.stack([labels[k].cpu().numpy() for k in names])
+
     def sample(self) -> tuple[torch.Tensor, np.ndarray, torch.Tensor]:
         "Training events (n, 2, samples), targets (m, T) of training events, and noise (k, 2, samples)."
         s = self.simulator.reseeded("train")
@@ -306,6 +318,13 @@ class FileSource:
     def checksum(self) -> str:
         "Of the labels."
         return checksum(*(self.events.columns[k] for k in sorted(self.events.columns)))
+
+    def labels(self, names: Sequence[str]) -> np.ndarray:  # (names, n)
+        "Labels of the training events; raises `ConfigError` if one is not there."
+        if missing := [k for k in names if k not in self.events.columns]:
+            raise ConfigError(f"labels out of {', '.join(self.events.columns)}", missing[0], row="data.files",
+                              remedy="choose another encoder than fold, which needs this label")
+        return np.stack([self.events.columns[k][self.train] for k in names])
 
     def read(self, rows: np.ndarray, noise: str | None):
         "Some events with recorded noise of that name, cut to `samples`, as `Events`."
@@ -362,7 +381,9 @@ def build_pipeline(
         prep = ParallelPrep(*parts)
     channels = [_channels(part, samples) for part in parts]
     seed_everything(config.train.seed, "weights")
-    return Pipeline(prep, Reconstructor(config.model, channels, config.data.targets))
+    lo = config.data.lo_frequency_Hz or config.data.simulate.receiver.lo_frequency_Hz
+    axis = None if first.frequency_Hz is None else Axis(first.frequency_Hz, lo)
+    return Pipeline(prep, Reconstructor(config.model, channels, config.data.targets, axis))
 
 @torch.no_grad()
 def _channels(prep: Prep, samples: int) -> int | tuple[int, int]:
@@ -379,6 +400,9 @@ def fit_statistics(pipeline: Pipeline, source: StreamSource | FileSource) -> Non
     if any(isinstance(m, FittedStep) for m in pipeline.prep.modules()):
         pipeline.prep.fit(ts, noise)
     pipeline.net.scale.fit(targets)
+    if wanted := pipeline.net.labels:
+        found, n = source.labels([*pipeline.net.targets, *wanted]), len(pipeline.net.targets)
+        pipeline.net.fit_tables(found[:n].T, found[n:])
 
 def start_from(pipeline: Pipeline, config: Config) -> None:
     "Give branches and denoiser the weights of `config.start_from`, and their batch steps the statistics of those runs."

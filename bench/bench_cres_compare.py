@@ -1,4 +1,4 @@
-"""Every encoder and input of the CRES half, trained for the same time on the same stream, beside baselines and the limit.
+"""Encoders and inputs of the CRES half, trained for the same time on the same stream, beside baselines and the limit.
 
     python bench/bench_cres_compare.py --runs RUNS [--set cca-8k] [--minutes 3] [--published PUBLISHED] [--limit LIMIT]
 
@@ -10,7 +10,6 @@ writes; with it each row has its ratio to the limit. Results go to bench/results
 """
 import argparse
 import copy
-import json
 import os
 import sys
 import time
@@ -24,10 +23,20 @@ from torch import nn
 
 from deadlayer_cres.core import config_from_dict, read_json, write_json
 from deadlayer_cres.cres import train as training
+from deadlayer_cres.cres.evaluate import (
+    Predictions,
+    figures_of_merit,
+    mean_baseline,
+    observe,
+    peak_baseline,
+    read_table,
+    reconstruct,
+)
 from deadlayer_cres.cres.model import count_parameters
-from deadlayer_cres.cres.simulate import TEST_SETS, test_set
+from deadlayer_cres.cres.simulate import TEST_SETS, Simulator, test_set
 
 HERE = Path(__file__).resolve().parent
+TARGETS = ("energy_eV", "pitch_angle_deg")
 EPOCHS, VALID, TIMED = 4, 512, 4  # of a training; events of a validation; batches that are timed
 
 BAND = {"representation": "spectrum"}
@@ -51,7 +60,8 @@ ROWS = {  # name: (what it is, settings besides those of all)
     "s4d_time_lin": ("S4D on the decimated time series, default poles",
                      {"prep": TIME, "model": {"encoders": [{**TIME_S4D, "s4d": {"init": "lin"}}]}}),
     "s4d_both_gated": ("S4D on time series and S4D on spectrum, gated",
-                       {"prep": TIME, "second": BAND, "model": {"encoders": [TIME_S4D, SPECTRUM_S4D], "fusion": "gated"}}),
+                       {"prep": TIME, "second": BAND,
+                        "model": {"encoders": [TIME_S4D, SPECTRUM_S4D], "fusion": "gated"}}),
     "s4d_cnn": ("S4D on time series and CNN on spectrum",
                 {"prep": TIME, "second": BAND, "model": {"encoders": [TIME_S4D, plain("cnn", 6)]}}),
     "cnn_spectrum": ("CNN on the spectrum", {"prep": BAND, "model": {"encoders": [plain("cnn", 6)]}}),
@@ -59,7 +69,8 @@ ROWS = {  # name: (what it is, settings besides those of all)
                                      "model": {"encoders": [plain("cnn", 4, kernel=3)]}}),
     "cnn_q_transform": ("CNN on the Q-transform", {"prep": {"representation": "q_transform", "log_power": True},
                                                    "model": {"encoders": [plain("cnn", 4, kernel=3)]}}),
-    "lstm_spectrum": ("LSTM on the spectrum, patches of 8", {"prep": BAND, "model": {"encoders": [plain("lstm", 2, patch=8)]}}),
+    "lstm_spectrum": ("LSTM on the spectrum, patches of 8",
+                      {"prep": BAND, "model": {"encoders": [plain("lstm", 2, patch=8)]}}),
     "conformer_spectrum": ("Conformer on the spectrum, patches of 8",
                            {"prep": BAND, "model": {"encoders": [plain("conformer", patch=8)]}}),
     "linoss_time": ("LinOSS on the decimated time series", {"prep": TIME, "model": {"encoders": [plain("linoss")]}}),
@@ -131,47 +142,86 @@ def train_row(row: str, name: str, runs: Path, minutes: float) -> None:
     training.train(config_of(row, name, batches), folder)
 
 
-def evaluate_row(row: str, name: str, runs: Path, events, limit) -> dict:
-    "Figures of merit and costs of a trained row."
-    from deadlayer_cres.cres.evaluate import figures_of_merit, reconstruct
+def merit(p: Predictions, limit: Predictions | None) -> dict:
+    "Figures of merit of all events, and the ratio to the limit for those whose posterior is known."
+    found = figures_of_merit(p)
+    if limit is not None:
+        shared = figures_of_merit(p[:len(limit)], limit=limit)
+        for target in p.targets:
+            found[target]["limit"] = shared[target]["limit"] | {"events": len(limit)}
+    return found
 
+
+def evaluate_row(row: str, name: str, runs: Path, events, limit: Predictions | None) -> dict:
+    "Figures of merit and costs of a trained row."
     run, config, pipeline = training.load_run(runs / name / row)
     reconstruct(pipeline, events[:256], noise="none")
     start = time.perf_counter()
     p = reconstruct(pipeline, events, noise="none")
-    seconds = time.perf_counter() - start
-    history = run.history
-    return {"what": ROWS[row][0], "parameters": count_parameters(pipeline.net), "events_per_second": len(events) / seconds,
-            "training_seconds": sum(h["seconds"] for h in history), "epochs": len(history),
+    seconds, history = time.perf_counter() - start, run.history
+    return {"what": ROWS[row][0], "parameters": count_parameters(pipeline.net),
+            "training_seconds": sum(h["seconds"] for h in history),
             "training_events": len(history) * config.data.batches_per_epoch * config.data.batch_size,
-            "merit": merit(p, limit)}
+            "events_per_second": len(events) / seconds, "merit": merit(p, limit)}
 
 
-def merit(p, limit) -> dict:
-    from deadlayer_cres.cres.evaluate import figures_of_merit
+def baselines(name: str, events, limit: Predictions | None) -> dict:
+    "Predict-the-mean and peak-frequency, fitted on training events, and the posterior itself."
+    simulator = Simulator(TEST_SETS[name]).reseeded("train")
+    ts, labels = simulator.signal(2048)
+    ts = ts + simulator.noise.counted(len(ts), ts.shape[2], simulator.seed)
+    labels = {k: v.cpu().numpy() for k, v in labels.items()}
+    rate, lo = events.sampling_rate_Hz, events.lo_frequency_Hz
+    learnt = Predictions(TARGETS, np.stack([labels[k] for k in TARGETS], 1), truth=labels,
+                         observables=observe(ts, rate, lo))
+    blank = np.stack([events.columns[k] for k in TARGETS], 1)
+    seen = Predictions(TARGETS, blank, truth=events.columns,
+                       observables=observe(torch.from_numpy(events.ts), rate, lo))
+    rows = {"mean": ("predict the mean", mean_baseline(learnt, seen)),
+            "peak": ("peak frequency", peak_baseline(learnt, seen))}
+    found = {k: {"what": what, "merit": merit(p, limit)} for k, (what, p) in rows.items()}
+    return found if limit is None else found | {"limit": {"what": "exact posterior", "merit": merit(limit, None)}}
 
-    return figures_of_merit(p, limit=limit) if limit is None or len(limit) == len(p) else {
-        **figures_of_merit(p), "limit": {k: v.get("limit") for k, v in figures_of_merit(p[:len(limit)], limit=limit).items()
-                                         if isinstance(v, dict)}}
+
+def shown(result: dict) -> str:
+    "The table of a set."
+    lines = [f"{'':58}  RMS           core sigma    median |r|    tail        RMS of best 25 %"]
+    for row in result["rows"].values():
+        m = row["merit"]["energy_eV"]
+        value = [m["all"][k] for k in ("rms", "core_sigma", "median_abs", "tail_fraction")]
+        best = m.get("resolution_at_efficiency", {}).get("25", {}).get("rms")
+        lines.append(f"{row['what']:58}  " + "  ".join(f"{v['value']:6.2f}({v['error']:.2f})" for v in value)
+                     + (f"  {best['value']:6.2f}({best['error']:.2f})" if best else ""))
+    return "\n".join(lines)
 
 
 def main() -> None:
-    a = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    a.add_argument("--runs", type=Path, required=True, help="folder for the trained runs")
-    a.add_argument("--set", default="cca-8k", choices=list(TEST_SETS))
-    a.add_argument("--minutes", type=float, default=3.0, help="of training for each row")
-    a.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
-    a.add_argument("--published", type=Path, help="checkout of neutrino_project; without it that row is left out")
-    a.add_argument("--limit", type=Path, help="table of the posteriors of the test set")
-    a.add_argument("--train_only", action="store_true")
-    a.add_argument("--events", type=int, default=4096, help="of the test set")
-    o = a.parse_args()
-    plain_build = training.build_pipeline
+    p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    p.add_argument("--runs", type=Path, required=True, help="folder for the trained runs")
+    p.add_argument("--set", default="cca-8k", choices=list(TEST_SETS))
+    p.add_argument("--minutes", type=float, default=3.0, help="of training for each row")
+    p.add_argument("--rows", nargs="+", default=list(ROWS), choices=list(ROWS))
+    p.add_argument("--published", type=Path, help="checkout of neutrino_project; without it that row is left out")
+    p.add_argument("--limit", type=Path, help="table of the posteriors of the first events of the test set")
+    p.add_argument("--events", type=int, default=4096, help="of the test set")
+    p.add_argument("--train_only", action="store_true", help="leave the evaluation for later")
+    p.add_argument("--out", type=Path, default=HERE / "results" / "cres_compare.json")
+    o = p.parse_args()
+    build, made = training.build_pipeline, {}
+    events = None if o.train_only else test_set(o.set, o.events)
+    limit = None if o.limit is None else read_table(o.limit)
     for row in o.rows:
         if row == "published" and o.published is None:
             continue
-        training.build_pipeline = with_published(plain_build, o.published) if row == "published" else plain_build
+        training.build_pipeline = with_published(build, o.published) if row == "published" else build
         train_row(row, o.set, o.runs, o.minutes)
+        if events is not None:
+            made[row] = evaluate_row(row, o.set, o.runs, events, limit)
+    if events is not None:
+        result = {"machine": machine(), "threads": torch.get_num_threads(), "minutes": o.minutes, "events": o.events,
+                  "rows": made | baselines(o.set, events, limit)}
+        write_json(o.out, (read_json(o.out) if o.out.exists() else {}) | {o.set: result})
+        print(shown(result))
 
 
 if __name__ == "__main__":

@@ -19,10 +19,6 @@ import numpy as np
 import torch
 import yaml
 from bench_deadlayer_speed import machine
-from torch import nn
-
-from deadlayer_cres.core import config_from_dict, read_json, write_json
-from deadlayer_cres.cres import train as training
 from deadlayer_cres.cres.evaluate import (
     Predictions,
     figures_of_merit,
@@ -32,6 +28,10 @@ from deadlayer_cres.cres.evaluate import (
     read_table,
     reconstruct,
 )
+from torch import nn
+
+from deadlayer_cres.core import config_from_dict, read_json, write_json
+from deadlayer_cres.cres import train as training
 from deadlayer_cres.cres.model import count_parameters
 from deadlayer_cres.cres.simulate import TEST_SETS, Simulator, test_set
 
@@ -103,6 +103,7 @@ class Published(nn.Module):
         sys.path.insert(0, os.fspath(folder))
         from src.models.networks import S4DModel
 
+        self.encoder = None  # what a branch of ours has
         self.net = S4DModel(2, 2, d_model=128, n_layers=6, dropout=0.0, fc_hidden=[])
 
     def forward(self, x):
@@ -218,7 +219,7 @@ def main() -> None:
         if events is not None:
             made[row] = evaluate_row(row, o.set, o.runs, events, limit)
     if events is not None:
-        result = {"machine": machine(), "threads": torch.get_num_threads(), "minutes": o.minutes, "events": o.events,
+        result = {"machine": machine(o), "threads": torch.get_num_threads(), "minutes": o.minutes, "events": o.events,
                   "rows": made | baselines(o.set, events, limit)}
         write_json(o.out, (read_json(o.out) if o.out.exists() else {}) | {o.set: result})
         print(shown(result))

@@ -205,9 +205,11 @@ def main() -> None:
     p.add_argument("--published", type=Path, help="checkout of neutrino_project; without it that row is left out")
     p.add_argument("--limit", type=Path, help="table of the posteriors of the first events of the test set")
     p.add_argument("--events", type=int, default=4096, help="of the test set")
+    p.add_argument("--threads", type=int, default=1, help="of the processor, of training and evaluation")
     p.add_argument("--train_only", action="store_true", help="leave the evaluation for later")
     p.add_argument("--out", type=Path, default=HERE / "results" / "cres_compare.json")
     o = p.parse_args()
+    torch.set_num_threads(o.threads)
     build, made = training.build_pipeline, {}
     events = None if o.train_only else test_set(o.set, o.events)
     limit = None if o.limit is None else read_table(o.limit)
@@ -219,7 +221,7 @@ def main() -> None:
         if events is not None:
             made[row] = evaluate_row(row, o.set, o.runs, events, limit)
     if events is not None:
-        result = {"machine": machine(o), "threads": torch.get_num_threads(), "minutes": o.minutes, "events": o.events,
+        result = {"machine": machine(o), "minutes": o.minutes, "events": o.events,
                   "rows": made | baselines(o.set, events, limit)}
         write_json(o.out, (read_json(o.out) if o.out.exists() else {}) | {o.set: result})
         print(shown(result))

@@ -1,0 +1,251 @@
+"""The limit: exact posteriors of the fixed test sets, their coverage, their speed, and a check against a sampler.
+
+    python bench/bench_cres_limit.py
+
+For `cca-8k` and `cca-24k`: RMS error of the posterior mean (the limit quoted in every table), RMS expected by the
+posteriors, z-scores, coverage of central credible intervals, all with standard errors; the same by pitch angle, radius
+and predicted sigma, and of the best 10 to 100 % of events ranked by it; events per second of this process.
+
+The sampler is `emcee` (skipped if it is not installed), 32 walkers in energy, pitch angle and radius, begun at draws from the
+posterior; it does not use the table or the cells: its likelihood is that of the trap calculated at each point, all
+lines up to order 8, both phases integrated over. Half of the events are single-mode ones, half are not.
+
+With `--save FOLDER` the posteriors' moments are written to `limit_cca8k.npz` and `limit_cca24k.npz`, event by event.
+About ten minutes on one free core for 1,024 events of each set.
+"""
+import argparse
+import math
+import os
+import re
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from deadlayer_cres.core import atomic_path, environment, write_json
+from deadlayer_cres.cres.fit import LEVELS, Ridge, fisher, summaries
+from deadlayer_cres.cres.simulate import CHECKSUMS, TEST_SETS, Simulator, test_set
+from deadlayer_cres.cres.trap import comb
+
+ROOT = Path(__file__).resolve().parents[1]
+INTERVALS = (0.5, 0.68, 0.9)
+BEST = (0.1, 0.25, 0.5, 0.75, 1.0)
+
+
+def rounded(value: float) -> float:
+    return float(f"{value:.4g}")
+
+
+def rms(x: np.ndarray) -> dict:
+    "Root of the mean square with its standard error."
+    square = np.asarray(x, float) ** 2
+    value = math.sqrt(square.mean())
+    return {"value": rounded(value), "error": rounded(square.std() / math.sqrt(len(square)) / (2 * value)), "n": len(square)}
+
+
+def share(x: np.ndarray) -> dict:
+    p = float(np.mean(x))
+    return {"value": rounded(p), "error": rounded(math.sqrt(max(p * (1 - p), 1e-9) / len(x))), "n": len(x)}
+
+
+def merits(s: dict, truth: dict, name: str, mask=slice(None)) -> dict:
+    "Figures of merit of posteriors of one quantity."
+    error, sigma = (s[f"{name}_mean"] - truth[name])[mask], s[f"{name}_sigma"][mask]
+    below = s[f"{name}_below"][mask]
+    return {"rms": rms(error), "rms_expected": rounded(math.sqrt(np.mean(sigma**2))), "z_score_rms": rms(error / sigma),
+            "median_abs_error": rounded(np.median(np.abs(error))), "bias": rounded(error.mean()),
+            "coverage": {f"{q:g}": share(np.abs(below - 0.5) < q / 2) for q in INTERVALS}}
+
+
+def binned(s: dict, truth: dict, column: np.ndarray, edges) -> list[dict]:
+    out = []
+    for low, high in zip(edges[:-1], edges[1:], strict=True):
+        mask = (column >= low) & (column < high)
+        if mask.sum() >= 10:
+            m = merits(s, truth, "energy_eV", mask)
+            out.append({"from": low, "to": high, "rms_eV": m["rms"], "rms_expected_eV": m["rms_expected"],
+                        "median_sigma_eV": rounded(np.median(s["energy_eV_sigma"][mask])), "coverage": m["coverage"]})
+    return out
+
+
+def limit(name: str, n: int, save: Path | None) -> tuple[dict, dict]:
+    "All about the posteriors of the first n events of a test set."
+    ridge, truth, out, wall, cpu = Ridge(Simulator(TEST_SETS[name])), {}, [], 0.0, 0.0
+    events = test_set(name, n)
+    truth = events.columns
+    for a in range(0, n, 64):
+        began = time.perf_counter(), time.process_time()
+        out.append(summaries(ridge, events.ts[a:a + 64], {k: v[a:a + 64] for k, v in truth.items()}))
+        wall, cpu = wall + time.perf_counter() - began[0], cpu + time.process_time() - began[1]
+        if a % 512 == 0 or a + 64 >= n:
+            s = {k: np.concatenate([row[k] for row in out]) for k in out[0]}
+            print(f"{name}: {len(s['modes'])} events, {len(s['modes']) / cpu:.1f} per CPU second", flush=True)
+            if save is not None:
+                save_arrays(save / f"limit_{name.replace('-', '')}.npz", s)
+    error, sigma, one = s["energy_eV_mean"] - truth["energy_eV"], s["energy_eV_sigma"], s["single_mode"]
+    order = np.argsort(sigma)
+    inner = np.abs(s["main_mode_energy_eV"] - truth["energy_eV"]) / s["main_mode_sigma_eV"] / 0.6745
+    bound = fisher(ridge.simulator, *(truth[k] for k in ("energy_eV", "pitch_angle_deg", "radius_m", "axial_phase",
+                                                         "cyclotron_phase"))).bound()["energy_eV"].cpu().numpy()
+    return s, {
+        "events": n, "checksum": CHECKSUMS[name], "energy_eV": merits(s, truth, "energy_eV"),
+        "pitch_angle_deg": merits(s, truth, "pitch_angle_deg"),
+        "tail_fraction": share(np.abs(error) > 3),
+        "best": {f"{q:g}": {"rms_eV": rms(error[order[:max(2, round(q * n))]]),
+                            "median_abs_error_eV": rounded(np.median(np.abs(error[order[:max(2, round(q * n))]])))}
+                 for q in BEST},
+        "single_mode": {"share": share(one), "median_residual_over_main_mode_sigma": rounded(np.median(inner[one])),
+                        "median_main_mode_sigma_over_bound": rounded(np.median((s["main_mode_sigma_eV"] / bound)[one]))},
+        "median_sigma_over_bound_of_the_others": rounded(np.median((sigma / bound)[~one])),
+        "log_evidence_above_10": share(s["log_evidence"] > 10),
+        "by_pitch_angle_deg": binned(s, truth, truth["pitch_angle_deg"], (88, 88.1, 88.3, 88.6, 88.9, 89.2, 89.6, 90)),
+        "by_radius_mm": binned(s, truth, 1e3 * truth["radius_m"], (0, 1, 2, 3, 4, 5, 6, 6.5)),
+        "by_sigma_eV": binned(s, truth, sigma, (0, 0.1, 0.3, 1, 3, 10, 30, 100)),
+        "speed": {"events_per_second": rounded(n / wall), "events_per_cpu_second": rounded(n / cpu),
+                  "threads": torch.get_num_threads(), "device": str(ridge.device)},
+    }
+
+
+def save_arrays(path: Path, s: dict) -> None:
+    "What a comparison needs, event by event."
+    names = {"energy_mean": "energy_eV_mean", "energy_sigma": "energy_eV_sigma", "pitch_mean": "pitch_angle_deg_mean",
+             "pitch_sigma": "pitch_angle_deg_sigma", "energy_quantiles": "energy_eV_quantiles",
+             "pitch_quantiles": "pitch_angle_deg_quantiles", "energy_below": "energy_eV_below",
+             "pitch_below": "pitch_angle_deg_below"}
+    same = ("single_mode", "log_evidence", "modes", "main_mode_weight", "main_mode_energy_eV", "main_mode_sigma_eV")
+    with atomic_path(path) as part, open(part, "wb") as file:
+        np.savez(file, levels=LEVELS, **{k: s[v] for k, v in names.items()}, **{k: s[k] for k in same})
+
+
+class Likelihood:
+    "Log posterior density of points (m, 3) of energy, pitch angle and radius, straight from the trap and the samples."
+
+    def __init__(self, simulator: Simulator, ts: np.ndarray, block: int = 128):
+        self.s, r = simulator, simulator.config.receiver
+        self.rate, self.block, self.samples = r.sampling_rate_Hz, block, r.samples
+        self.orders = list(range(-8, 9, 2))
+        t = torch.arange(r.samples, dtype=torch.float64) / self.rate
+        slope = comb(simulator.trap, simulator.config.cavity, [18_600.0], [89.0], [3e-3]).slope_Hz_per_s
+        z = torch.complex(*torch.from_numpy(ts).double()) * torch.exp(-1j * math.pi * slope * t**2)
+        self.z = z.view(-1, block)
+        self.scale = r.amplitude_V / simulator.noise.sigma_V
+        psi = torch.arange(128, dtype=torch.float64)[:, None] * 2 * math.pi / 128
+        self.turn = torch.exp(1j * psi * torch.tensor(self.orders) / 2)  # (points, K)
+
+    def sums(self, f: torch.Tensor) -> torch.Tensor:
+        "Sum of z exp(-2 pi i f t) at any frequencies."
+        inside = torch.arange(self.block, dtype=torch.float64) / self.rate
+        starts = torch.arange(len(self.z), dtype=torch.float64) * self.block / self.rate
+        part = torch.exp(-2j * math.pi * f[..., None] * inside) @ self.z.T
+        return (part * torch.exp(-2j * math.pi * f[..., None] * starts)).sum(-1)
+
+    def __call__(self, x: np.ndarray) -> np.ndarray:
+        e = self.s.config.electrons
+        low = (e.energy_low_eV, e.pitch_low_deg, 0.0)
+        high = (e.energy_high_eV, e.pitch_high_deg, e.radius_max_m)
+        good = ((x > low) & (x < high)).all(1)
+        out = np.full(len(x), -np.inf)
+        if not good.any():
+            return out
+        energy, pitch, radius = torch.from_numpy(x[good]).T
+        made = comb(self.s.trap, self.s.config.cavity, energy, pitch, radius, orders=self.orders)
+        f = made.frequency_Hz - self.s.config.receiver.lo_frequency_Hz
+        a = self.scale * made.amplitude
+        overlap = ((a.conj() * self.sums(f) / self.s.noise.sigma_V)[:, None] * self.turn.conj()).sum(2).abs()
+        turns = (f[:, :, None] - f[:, None]) / self.rate
+        kernel = torch.where(turns == 0, self.samples, torch.exp(1j * math.pi * turns * (self.samples - 1))
+                             * torch.sin(math.pi * turns * self.samples) / torch.sin(math.pi * turns))
+        gram = a[:, :, None] * a[:, None].conj() * kernel
+        power = torch.einsum("qk,nkl,ql->nq", self.turn, gram, self.turn.conj()).real / 2
+        value = torch.logsumexp(overlap + torch.special.i0e(overlap).log() - power, 1)
+        prior = torch.sin(2 * torch.deg2rad(pitch)) / made.motion.axial_frequency_Hz * radius / self.norm(radius)
+        out[good] = (value + prior.log()).numpy()
+        return out
+
+    def norm(self, radius: torch.Tensor) -> torch.Tensor:
+        "Integral of the pitch angles' density at a radius."
+        if not hasattr(self, "table"):
+            e = self.s.config.electrons
+            r, p = torch.linspace(0, e.radius_max_m, 9).double(), self.s.law.pitch_deg.cpu()
+            grid = torch.meshgrid(r, p, indexing="ij")
+            made = comb(self.s.trap, self.s.config.cavity, torch.full_like(grid[0].flatten(), 18_600.0),
+                        grid[1].flatten(), grid[0].flatten(), orders=(0,))
+            density = torch.sin(2 * torch.deg2rad(grid[1])) / made.motion.axial_frequency_Hz.view(grid[0].shape)
+            self.table = r.numpy(), torch.trapezoid(density, p, dim=1).numpy()
+        return torch.from_numpy(np.interp(radius.numpy(), *self.table))
+
+
+def sampled(name: str, s: dict, n: int, steps: int, seed: int = 0) -> dict | None:
+    "Posterior mean and sigma of n events by a sampler, beside those of the cells."
+    try:
+        import emcee
+    except ImportError:
+        print("emcee is not installed: no check against a sampler", file=sys.stderr)
+        return None
+    rng, one = np.random.default_rng(seed), s["single_mode"]
+    rows = np.concatenate([np.flatnonzero(one)[:n // 2], np.flatnonzero(~one & (s["log_evidence"] > 10))[:n - n // 2]])
+    simulator = Simulator(TEST_SETS[name], device="cpu")
+    ridge, events, out = Ridge(simulator), test_set(name, int(rows.max()) + 1, device="cpu"), []
+    for row in rows:
+        p = ridge(torch.from_numpy(events.ts[row:row + 1]))
+        cells = torch.stack([p.energy_eV, p.pitch_angle_deg, p.radius_m], 1).numpy()
+        start = cells[rng.choice(len(cells), 32, p=p.weight.numpy() / float(p.weight.sum()))]
+        start = start + rng.normal(size=start.shape) * [1e-3, 1e-5, 1e-6]
+        start[:, 1:] = np.clip(start[:, 1:], [88.0001, 1e-6], [89.9999, 6.4999e-3])
+        chain = emcee.EnsembleSampler(32, 3, Likelihood(simulator, events.ts[row]), vectorize=True, moves=[
+            (emcee.moves.DEMove(), 0.6), (emcee.moves.DESnookerMove(), 0.2), (emcee.moves.StretchMove(), 0.2)])
+        chain._random = np.random.RandomState(seed + int(row))
+        chain.run_mcmc(start, steps, skip_initial_state_check=True)
+        draws = chain.get_chain(discard=steps // 4)[..., 0]
+        length = float(chain.get_autocorr_time(discard=steps // 4, tol=0)[0])
+        number = draws.size / max(length, 1.0)
+        out.append({"event": int(row), "single_mode": bool(one[row]), "mean_eV": [rounded(float(p.mean()) - 18_600), rounded(
+            draws.mean() - 18_600)], "sigma_eV": [rounded(float(p.sigma())), rounded(draws.std())],
+            "median_eV": [rounded(float(p.quantiles([0.5])) - 18_600), rounded(np.median(draws) - 18_600)],
+            "independent_draws": round(number)})
+        print(f"{name} sampler {out[-1]}", flush=True)
+    pull = [(b - a) / t for (a, b), (t, _) in ((o["mean_eV"], o["sigma_eV"]) for o in out)]
+    ratio = [b / a for a, b in (o["sigma_eV"] for o in out)]
+    return {"events": out, "steps": steps, "difference_of_means_in_sigma": rms(np.array(pull)),
+            "ratio_of_sigmas": {"median": rounded(np.median(ratio)), "low": rounded(np.quantile(ratio, 0.16)),
+                                "high": rounded(np.quantile(ratio, 0.84))}}
+
+
+def about() -> dict:
+    "Where and with what the numbers were taken; no paths of this machine."
+    where = environment()
+    where["argv"] = [Path(word).name if "/" in word else word for word in where["argv"]]
+    try:
+        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
+    except OSError:
+        model = None
+    return where | {"cpu": model[1].strip() if model else None, "load_average": os.getloadavg()}
+
+
+def main() -> None:
+    p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
+    p.add_argument("--events", type=int, default=1024, help="of each test set")
+    p.add_argument("--sets", nargs="*", default=list(TEST_SETS), choices=list(TEST_SETS))
+    p.add_argument("--sampler", type=int, default=24, help="events of the first set that are sampled, too")
+    p.add_argument("--steps", type=int, default=1500, help="of the sampler")
+    p.add_argument("--threads", type=int, default=1)
+    p.add_argument("--save", type=Path, help="folder for the posteriors' moments")
+    p.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "cres_limit.json")
+    options = p.parse_args()
+    torch.set_num_threads(options.threads)
+    report = {"environment": about()}
+    for k, name in enumerate(options.sets):
+        s, report[name] = limit(name, options.events, options.save)
+        if k == 0 and options.sampler:
+            report[name]["sampler"] = sampled(name, s, options.sampler, options.steps)
+        energy = report[name]["energy_eV"]
+        print(f"{name}: limit {energy['rms']['value']} ± {energy['rms']['error']} eV, expected {energy['rms_expected']}; "
+              f"z {energy['z_score_rms']['value']}; coverage "
+              f"{ {q: v['value'] for q, v in energy['coverage'].items()} }; {report[name]['speed']}", flush=True)
+        write_json(options.out, report)
+
+
+if __name__ == "__main__":
+    main()

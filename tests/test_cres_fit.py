@@ -1,0 +1,262 @@
+"""The exact posterior of an event, and the Fisher information."""
+import math
+
+import numpy as np
+import pytest
+import torch
+
+from deadlayer_cres.core import ConfigError, DataError
+from deadlayer_cres.cres.fit import (
+    PARAMETERS,
+    Fisher,
+    Posterior,
+    Ridge,
+    RidgeConfig,
+    fisher,
+    line_information,
+    modes,
+    single_mode,
+    summaries,
+    trap_table,
+)
+from deadlayer_cres.cres.simulate import TEST_SETS, ReceiverConfig, SimulateConfig, Simulator, TrackConfig, test_set
+from deadlayer_cres.cres.trap import comb, cyclotron_frequency
+
+torch.set_num_threads(1)
+CLEAR, AMBIGUOUS, FOLD = 53, 31, 11  # events of cca-8k
+
+
+@pytest.fixture(scope="module")
+def simulator():
+    return Simulator(TEST_SETS["cca-8k"], device="cpu")
+
+
+@pytest.fixture(scope="module")
+def ridge(simulator):
+    return Ridge(simulator)
+
+
+@pytest.fixture(scope="module")
+def events():
+    return test_set("cca-8k", 64, device="cpu")
+
+
+def direct(simulator, z, energy, pitch, radius, orders=tuple(range(-8, 9, 2)), points=256):
+    "Log likelihood ratios of one record with no short cuts: calculated trap, double precision, every sample, Gram matrix."
+    r, sigma = simulator.config.receiver, simulator.noise.sigma_V
+    made = comb(simulator.trap, simulator.config.cavity, energy, pitch, radius, orders=orders)
+    t = torch.arange(r.samples, dtype=torch.float64) / r.sampling_rate_Hz
+    psi = torch.arange(points, dtype=torch.float64)[:, None] * 2 * math.pi / points
+    turn = torch.exp(1j * psi * torch.tensor(orders) / 2)
+    out = []
+    for f, a, slope in zip(made.frequency_Hz - r.lo_frequency_Hz, made.amplitude, made.slope_Hz_per_s, strict=True):
+        s = r.amplitude_V / sigma * a[:, None] * torch.exp(2j * math.pi * (f[:, None] * t + slope * t**2 / 2))
+        overlap = (turn.conj() @ (s.conj() @ z / sigma)).abs()
+        power = ((turn.conj() @ (s.conj() @ s.T)) * turn).sum(1).real / 2
+        out.append(torch.logsumexp(overlap + torch.special.i0e(overlap).log() - power, 0) - math.log(points))
+    return torch.stack(out)
+
+
+def record(events, row):
+    return torch.from_numpy(events.ts[row:row + 1])
+
+
+# --- the table ---
+
+
+def test_table_is_the_trap(simulator, ridge):
+    t, g, n = ridge.table, torch.Generator().manual_seed(0), 200
+    row = torch.randint(1, len(t.low_Hz), (n,), generator=g)
+    share, u = torch.rand(2, n, generator=g, dtype=torch.float64)
+    v, energy = t.at(row, torch.lerp(t.low_Hz[row], t.high_Hz[row], share)), 18_500 + 200 * u
+    made = comb(simulator.trap, simulator.config.cavity, energy, v[:, 2], row * t.radius_step_m, orders=(-4, -2, 0, 2))
+    lines = (made.amplitude / simulator.config.cavity.response(made.frequency_Hz)).real
+    assert (cyclotron_frequency(energy, v[:, 1]) - made.motion.carrier_frequency_Hz).abs().max() < 250
+    assert (v[:, 4:] - lines).abs().max() < 1e-3
+    axial = v[:, 0] * made.motion.axial_frequency_Hz.new_tensor(1.0)
+    beta = (1 - (1 + energy / 510_998.95) ** -2).sqrt() / math.sqrt(1 - (1 + 18_600 / 510_998.95) ** -2)
+    assert (axial * beta - made.motion.axial_frequency_Hz).abs().max() < 250
+
+
+def test_prior_of_the_table_is_that_of_the_simulation(simulator, ridge):
+    t = ridge.table
+    w = t.start_Hz + t.step_Hz * torch.arange(t.values.shape[1])
+    inside = (w >= t.low_Hz[:, None]) & (w <= t.high_Hz[:, None])
+    density = torch.where(inside, t.values[..., 3], 0)
+    mass = (density.sum(1) * t.step_Hz)[1:]  # per m of radius
+    radius = torch.arange(1, len(t.low_Hz)) * t.radius_step_m
+    assert (mass * 6.5e-3**2 / (2 * radius) - 1).abs().max() < 3e-3
+    drawn = simulator.draw(20_000)
+    radii = t.radius_step_m * torch.arange(len(t.low_Hz), dtype=torch.float64)[:, None]
+    for name, value in (("pitch_angle_deg", t.values[..., 2]), ("radius_m", radii)):
+        mean, x = (density * value).sum() / density.sum(), drawn[name]
+        assert abs(mean - x.mean()) < 4 * x.std() / math.sqrt(len(x))
+
+
+# --- the posterior ---
+
+
+@pytest.mark.parametrize("row", [CLEAR, AMBIGUOUS, FOLD])
+def test_likelihood_of_cells_is_that_of_the_samples(simulator, ridge, events, row):
+    D = ridge.spectrum(record(events, row))
+    cells = ridge.cells(D)
+    value, *where = ridge.log_posterior(D, cells)
+    place = ridge.places(cells)
+    i = value.argsort(descending=True)[:100:12]
+    likelihood = (value - place.log_prior - place.log_volume)[i]
+    difference = likelihood - direct(simulator, torch.complex(*record(events, row)[0].double()), *(v[i] for v in where))
+    assert difference.std() < 0.3 and abs(difference.mean()) < 1
+
+
+def test_coverage_and_scores(ridge, events):
+    s = summaries(ridge, events.ts, events.columns)
+    for name in ("energy_eV", "pitch_angle_deg"):
+        below, n = s[f"{name}_below"], len(events)
+        for q in (0.5, 0.68, 0.9):
+            assert abs(np.mean(np.abs(below - 0.5) < q / 2) - q) < 3.5 * math.sqrt(q * (1 - q) / n)
+        z = (s[f"{name}_mean"] - events.columns[name]) / s[f"{name}_sigma"]
+        assert 0.7 < np.sqrt(np.mean(z**2)) < 1.4
+        assert (np.diff(s[f"{name}_quantiles"], axis=1) >= 0).all()
+    sure = s["single_mode"]
+    assert 3 <= sure.sum() <= 20 and (s["main_mode_weight"][sure] >= 0.95).all()
+    assert np.abs(s["energy_eV_mean"] - events.columns["energy_eV"])[sure].max() < 2
+    assert (s["main_mode_sigma_eV"][sure] <= 0.5).all() and (s["modes"] >= 1).all()
+
+
+def test_clear_event_is_known_to_a_tenth_of_an_eV(ridge, events):
+    p = ridge(record(events, CLEAR))
+    assert 0.05 < float(p.sigma()) < 0.1 and bool(single_mode(p))
+    assert abs(float(p.mean()) - events.columns["energy_eV"][CLEAR]) < 0.4
+    assert abs(float(p.quantiles([0.5])) - float(p.mean())) < 0.1
+    assert abs(float(p.mode()) - float(p.mean())) < 0.3
+    assert float(ridge(record(events, AMBIGUOUS)).sigma()) > 5
+
+
+def test_both_branches_beyond_the_fold_are_found():
+    events = test_set("cca-24k", 9, device="cpu")  # event 8: 88.068 degrees, whose twin is at 88.17
+    p = Ridge(Simulator(TEST_SETS["cca-24k"], device="cpu"))(record(events, 8))
+    assert 0.01 < float(p.below(torch.tensor(events.columns["pitch_angle_deg"][8:9]), "pitch_angle_deg")) < 0.99
+
+
+def test_finer_cells_change_little(simulator, ridge, events):
+    rows = torch.from_numpy(events.ts[[CLEAR, FOLD, 38]])
+    fine = Ridge(simulator, RidgeConfig(step=0.8, cut=15.0, tail=1e-4, weak=0.0), ridge.table)(rows)
+    usual = ridge(rows)
+    assert ((usual.mean() - fine.mean()).abs() / fine.sigma() < 0.08).all()
+    assert ((usual.sigma() / fine.sigma() - 1).abs() < 0.08).all()
+    assert (usual.log_evidence - fine.log_evidence).abs().max() < 0.3
+
+
+def test_an_event_does_not_depend_on_its_batch(ridge, events):
+    alone, together = ridge(record(events, CLEAR)), ridge(torch.from_numpy(events.ts[CLEAR - 1:CLEAR + 2]))
+    assert torch.allclose(alone.mean(), together.mean()[1:2], atol=1e-4)
+    assert torch.allclose(alone.log_evidence, together.log_evidence[1:2], atol=1e-3)
+    assert torch.allclose(together.select(1).mean(), alone.mean(), atol=1e-4)
+
+
+def test_noise_alone_has_no_evidence(simulator, ridge):
+    noise = simulator.noise.counted(2, 8192, seed=5, first=10**6)
+    assert (ridge(noise).log_evidence < 4).all()
+
+
+def test_modes_and_quantiles_of_a_known_posterior():
+    t = lambda *v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
+    p = Posterior(torch.tensor([0, 0, 0, 1, 1]), t(0.2, 0.2, 0.6, 0.5, 0.5), t(1.0, 1.4, 30.0, 5.0, 5.2),
+                  t(89, 89, 88, 89, 89), t(1, 1, 2, 1, 1) * 1e-3, t(10, 20))
+    m = modes(p)
+    assert m.event.tolist() == [0, 0, 1] and torch.allclose(m.weight, t(0.6, 0.4, 1.0))
+    assert torch.allclose(m.energy_eV, t(30, 1.2, 5.1)) and torch.allclose(m.pitch_angle_deg, t(88, 89, 89))
+    assert single_mode(p).tolist() == [False, True]
+    assert torch.allclose(p.mean(), t(18.48, 5.1)) and torch.allclose(p.below(t(2.0, 5.1)), t(0.4, 0.5))
+    q = p.quantiles((0.0, 0.1, 0.7, 1.0))
+    assert torch.allclose(q[0], t(1.0, 1.0, 30.0, 30.0)) and torch.allclose(q[1], t(5, 5, 5.18, 5.2))
+
+
+# --- what cannot be used ---
+
+
+def test_wrong_records(ridge):
+    with pytest.raises(DataError, match="8192"):
+        ridge(torch.zeros(1, 2, 4096))
+    with pytest.raises(DataError, match="noise"):
+        ridge(torch.zeros(1, 2, 8192))
+    with pytest.raises(DataError, match="one record"):
+        ridge(torch.zeros(0, 2, 8192))
+
+
+@pytest.mark.parametrize(("settings", "match"), [
+    ({"power": "purcell"}, "larmor"),
+    ({"receiver": ReceiverConfig(noise_sigma_V=0.0)}, "white noise"),
+    ({"tracks": TrackConfig(start_high_s=1e-6)}, "fill their records"),
+])
+def test_settings_that_it_does_not_know(settings, match):
+    with pytest.raises(ConfigError, match=match):
+        Ridge(SimulateConfig(**settings))
+
+
+def test_orders_that_it_does_not_know(simulator):
+    with pytest.raises(ConfigError, match="orders"):
+        Ridge(simulator, RidgeConfig(orders=(-2, -1, 0)))
+
+
+def test_untrapped_electrons_are_refused():
+    config = SimulateConfig()
+    config.electrons.pitch_low_deg = 87.5
+    with pytest.raises(ConfigError, match="holds"):
+        trap_table(Simulator(config, table={"pitch_angle_deg": [89.0]}, device="cpu"))
+
+
+# --- Fisher information ---
+
+
+def test_single_tone_has_the_bound_of_rife_and_boorstyn():
+    N, A, sigma, rate = 3000, 0.02, 0.05, 1e6
+    a = torch.tensor([[A * np.exp(0.7j)]])
+    d_a, d_f = torch.zeros(1, 3, 1, dtype=torch.complex128), torch.zeros(1, 3, 1, dtype=torch.float64)
+    d_a[0, 0], d_a[0, 1], d_f[0, 2] = a / A, 1j * a, 1
+    F = Fisher(line_information(a, d_a, d_f, torch.zeros(1, 3, dtype=torch.float64), N, rate, sigma), ("A", "phi", "f"))
+    eta = A**2 / (2 * sigma**2)
+    expected = math.sqrt(6 / (eta * N * (N**2 - 1))) * rate / (2 * math.pi)
+    assert float(F.bound()["f"]) == pytest.approx(expected, rel=1e-9)
+    assert float(F.bound()["A"]) == pytest.approx(sigma / math.sqrt(N), rel=1e-9)
+
+
+def test_information_is_that_of_the_samples(simulator):
+    "Derivatives by central differences of the whole waveform, and the sum over its samples."
+    at = {"energy_eV": 18_590.0, "pitch_angle_deg": 88.6, "radius_m": 2.5e-3, "axial_phase": 0.4, "cyclotron_phase": 1.0}
+    steps = {"energy_eV": 1e-2, "pitch_angle_deg": 1e-5, "radius_m": 1e-7, "axial_phase": 1e-4, "cyclotron_phase": 1e-4}
+    r = simulator.config.receiver
+    t = torch.arange(r.samples, dtype=torch.float64) / r.sampling_rate_Hz
+
+    def wave(p):
+        c = comb(simulator.trap, simulator.config.cavity, *(torch.tensor([p[k]], dtype=torch.float64) for k in PARAMETERS[:5]))
+        f = c.frequency_Hz[0] - r.lo_frequency_Hz
+        turn = torch.exp(2j * math.pi * (f[:, None] * t + c.slope_Hz_per_s * t**2 / 2))
+        return r.amplitude_V * c.amplitude[0] @ turn
+
+    d = torch.stack([(wave(at | {k: at[k] + h}) - wave(at | {k: at[k] - h})) / (2 * h) for k, h in steps.items()])
+    sampled = (d.conj() @ d.T).real / simulator.noise.sigma_V**2
+    exact = fisher(simulator, *at.values()).information[0]
+    scale = sampled.diagonal().sqrt()
+    assert ((sampled - exact).abs() / scale / scale[:, None]).max() < 5e-3
+
+
+def test_bound_scales_with_length_and_noise():
+    def sigma(samples=8192, noise=0.0471, known=("pitch_angle_deg", "radius_m")):
+        config = SimulateConfig(receiver=ReceiverConfig(samples=samples, noise_sigma_V=noise))
+        s = Simulator(config, table={"pitch_angle_deg": [89.0]}, device="cpu")
+        return float(fisher(s, 18_600.0, 89.0, 3.4e-3).bound(known)["energy_eV"])
+
+    assert sigma(16_384) / sigma() == pytest.approx(2**-1.5, rel=0.01)
+    assert sigma(noise=0.0942) / sigma() == pytest.approx(2, rel=1e-6)
+    assert sigma(known=()) > sigma(known=("radius_m",)) > sigma()
+
+
+def test_prior_and_start_time(simulator):
+    F = fisher(simulator, 18_600.0, [88.6, 89.2], 3.0e-3, start_time=True)
+    assert F.names == PARAMETERS and F.information.shape == (2, 6, 6)
+    prior = {"start_time_s": 1e-6}
+    free, with_start = fisher(simulator, 18_600.0, [88.6, 89.2], 3.0e-3).bound(), F.bound(prior=prior)
+    assert (with_start["energy_eV"] > free["energy_eV"]).all()
+    assert (F.bound(prior=prior | {"radius_m": 1e-3})["energy_eV"] < with_start["energy_eV"]).all()
+    assert torch.allclose(F.bound(known=("start_time_s",))["energy_eV"], free["energy_eV"])

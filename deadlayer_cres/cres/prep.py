@@ -6,7 +6,7 @@
 __all__ = ['BAND_HZ', 'NOISE_SIGMA_V', 'to_complex', 'to_channels', 'plot_spectrum', 'fft_frequencies', 'draw_noise', 'AddNoise',
            'AddColouredNoise', 'band_bins', 'butterworth_response', 'BandPass', 'MixDecimate', 'taper', 'Window',
            'Spectrum', 'log_power', 'LogPower', 'STFT', 'plot_time_frequency', 'q_rows', 'q_windows', 'QTransform',
-           'Scale', 'ScaleEvent', 'ScaleTargets', 'PrepConfig', 'Prep', 'build_prep']
+           'Scale', 'ScaleEvent', 'ScaleTargets', 'PrepConfig', 'Prep', 'build_prep', 'ParallelPrep']
 
 # %% ../../nbs/cres/23_prep.ipynb #f9255e8c
 import math
@@ -639,3 +639,26 @@ def _represent(c: PrepConfig, samples: int, rate: float, band: tuple[float, floa
         return steps, None, torch.arange(samples, dtype=torch.float64) / rate
     step = steps["stft"] = STFT(samples, c.segment, c.hop, c.window, rate, centre)
     return steps, step.frequency_Hz, step.time_s
+
+# %% ../../nbs/cres/23_prep.ipynb #a2014255
+class ParallelPrep(nn.Module):
+    "Batch steps for two branches: the noise of `first`, drawn once, then the other steps of each; a tuple of inputs."
+
+    def __init__(self, first: Prep, second: Prep):
+        super().__init__()
+        self.noise = Prep({k: s for k, s in first.steps.items() if isinstance(s, _NOISE_STEPS)})
+        self.branches = nn.ModuleList([first.without_noise(), second.without_noise()])
+
+    def forward(self, x: torch.Tensor, index: torch.Tensor | None = None) -> tuple[torch.Tensor, ...]:
+        x = self.noise(x, index)
+        return tuple(branch(x) for branch in self.branches)
+
+    def without_noise(self) -> "ParallelPrep":
+        "The same steps, shared and not copied, for measured events, which have their noise."
+        return ParallelPrep(*self.branches).train(self.training)
+
+    def fit(self, events, noise=None, batch_size: int = 128) -> "ParallelPrep":
+        "Fit the steps of both branches, as `Prep.fit` does."
+        for branch in self.branches:
+            Prep({**self.noise.steps, **branch.steps}).train(self.training).fit(events, noise, batch_size)
+        return self

@@ -4,19 +4,20 @@
 
 # %% auto #0
 __all__ = ['FWHM', 'TAIL', 'REPEATS', 'Statistic', 'PERCENT', 'ONE_SIGMA', 'TWO_SIGMA', 'NARROW', 'CALIBRATION', 'AXES',
-           'GOAL_EV', 'COLUMNS_SHOWN', 'Predictions', 'residual', 'table_writer', 'read_columns', 'table_columns',
-           'write_table', 'read_table', 'noise_level_V', 'observe', 'noise_step', 'needs_noise', 'event_blocks',
-           'reconstruct', 'join', 'core_fit', 'half_maximum_width', 'with_errors', 'residual_statistic',
+           'GOAL_EV', 'COLUMNS_SHOWN', 'Predictions', 'residual', 'table_writer', 'read_columns', 'derived_name',
+           'table_columns', 'write_table', 'read_table', 'noise_level_V', 'observe', 'noise_step', 'needs_noise',
+           'event_blocks', 'reconstruct', 'join', 'core_fit', 'half_maximum_width', 'with_errors', 'residual_statistic',
            'resolution_at_efficiency', 'calibration_statistic', 'ratio_to_limit', 'efficiency_weights',
            'figures_of_merit', 'mean_baseline', 'peak_baseline', 'fit_temperature', 'scale_sigma', 'Isotonic',
            'apply_isotonic', 'band_coverage', 'fit_calibration', 'calibrate_run', 'read_calibration', 'axis_label',
-           'in_unit', 'variables', 'plot_distributions', 'plot_truth', 'plot_residuals', 'binned_cores',
+           'in_unit', 'varied', 'variables', 'plot_distributions', 'plot_truth', 'plot_residuals', 'binned_cores',
            'plot_energy_against', 'plot_width_against_count', 'plot_all_against_all', 'plot_power', 'plot_frequencies',
            'plot_reconstructed', 'by_track_length', 'plot_length', 'plot_calibration', 'plot_sigma_against',
            'plot_efficiency_curve', 'plot_denoising', 'merit_rows', 'calibration_rows', 'held_out_rows', 'limit_text',
-           'doubts', 'print_table', 'report', 'report_sections', 'read_metrics', 'comparison_rows']
+           'doubts', 'print_rows', 'print_table', 'report', 'report_sections', 'part_events', 'check_events',
+           'evaluate', 'denoise_events', 'read_metrics', 'comparison_rows']
 
-# %% ../../nbs/cres/26_evaluate.ipynb #9709c313
+# %% ../../nbs/cres/26_evaluate.ipynb #c73ac6ae
 import contextlib
 import csv
 import math
@@ -30,6 +31,7 @@ import numpy as np
 import torch
 from matplotlib.colors import LogNorm
 from matplotlib.figure import Figure
+from matplotlib.ticker import NullFormatter
 from rich.console import Console
 from rich.markup import escape
 from rich.table import Table as RichTable
@@ -52,11 +54,12 @@ from deadlayer_cres.core import (
 )
 from .data import LO_FREQUENCY_HZ, SAMPLING_RATE_HZ, Events, EventStore
 from .model import QUANTILES
-from .prep import BAND_HZ, AddColouredNoise, AddNoise, band_bins, to_complex
+from .prep import BAND_HZ, AddColouredNoise, AddNoise, Scale, band_bins, to_complex
+from .simulate import Simulator
 from .trap import energy_from_frequency
 from ..plots import COLOURS, Section, Table, figure
 
-# %% ../../nbs/cres/26_evaluate.ipynb #db6a9447
+# %% ../../nbs/cres/26_evaluate.ipynb #04e26df1
 @dataclass(eq=False, repr=False)
 class Predictions:
     """What was predicted for n events. Indexing with a slice, mask or index array gives `Predictions` again.
@@ -94,7 +97,7 @@ class Predictions:
 
 _PER_EVENT = ("mean", "sigma", "quantiles", "weight", "modes", "widths")
 
-# %% ../../nbs/cres/26_evaluate.ipynb #80848c64
+# %% ../../nbs/cres/26_evaluate.ipynb #6ba931fa
 def _check_predictions(p: Predictions) -> None:
     "Raise a `DataError` unless all arrays of `p` belong to the same events and targets."
     n, t = len(p.mean), len(p.targets)
@@ -131,7 +134,7 @@ def residual(
                         remedy="leave such events out; if all are NaN, the training has diverged")
     return r
 
-# %% ../../nbs/cres/26_evaluate.ipynb #776f09b7
+# %% ../../nbs/cres/26_evaluate.ipynb #2bd1d63b
 def _arrow():
     "The package pyarrow; a `ConfigError` if it is not installed."
     try:
@@ -160,7 +163,7 @@ def table_writer(
                 write({k: np.asarray(v) for k, v in columns.items()})
         yield append
 
-# %% ../../nbs/cres/26_evaluate.ipynb #78dc35b8
+# %% ../../nbs/cres/26_evaluate.ipynb #b3048dd9
 @contextlib.contextmanager
 def _csv_writer(part: Path) -> Iterator[Callable]:
     with open(part, "w", newline="", encoding="utf-8") as f:
@@ -187,7 +190,7 @@ def _parquet_writer(part: Path) -> Iterator[Callable]:
             opened[0].write_table(table)
         yield write
 
-# %% ../../nbs/cres/26_evaluate.ipynb #2c0a33fb
+# %% ../../nbs/cres/26_evaluate.ipynb #5b96a93f
 def read_columns(
     path: str | os.PathLike,  # ends in .csv or .parquet
 ) -> dict[str, np.ndarray]:  # name -> (n,) float64, or text where not all are numbers
@@ -218,8 +221,8 @@ def _numbers(values: Sequence) -> np.ndarray:
     except ValueError:
         return np.array(values)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #9250936d
-def _derived(name: str, mark: str) -> str:
+# %% ../../nbs/cres/26_evaluate.ipynb #62983e39
+def derived_name(name: str, mark: str) -> str:
     "Name of a column that belongs to `name`, with the unit last: energy_eV, sigma -> energy_sigma_eV."
     base, joint, unit = name.rpartition("_")
     return f"{base}_{mark}_{unit}" if joint else f"{name}_{mark}"
@@ -228,13 +231,13 @@ def table_columns(p: Predictions) -> dict[str, np.ndarray]:  # name -> (n,)
     "The columns of the table of `p`."
     columns = {}
     for t, name in enumerate(p.targets):
-        columns |= {name: p.mean[:, t], _derived(name, "sigma"): p.sigma[:, t]}
+        columns |= {name: p.mean[:, t], derived_name(name, "sigma"): p.sigma[:, t]}
         if p.quantiles is not None:
-            columns |= {_derived(name, f"q{level:g}"): p.quantiles[:, t, i] for i, level in enumerate(p.levels)}
+            columns |= {derived_name(name, f"q{level:g}"): p.quantiles[:, t, i] for i, level in enumerate(p.levels)}
     for m in range(0 if p.weight is None else p.weight.shape[1]):
         columns[f"mode{m}_weight"] = p.weight[:, m]
         for t, name in enumerate(p.targets):
-            columns |= {f"mode{m}_{name}": p.modes[:, m, t], f"mode{m}_{_derived(name, 'sigma')}": p.widths[:, m, t]}
+            columns |= {f"mode{m}_{name}": p.modes[:, m, t], f"mode{m}_{derived_name(name, 'sigma')}": p.widths[:, m, t]}
     return columns | p.observables | {f"true_{k}": v for k, v in p.truth.items()}
 
 def write_table(path: str | os.PathLike, p: Predictions) -> None:
@@ -242,13 +245,13 @@ def write_table(path: str | os.PathLike, p: Predictions) -> None:
     with table_writer(path) as write:
         write(table_columns(p))
 
-# %% ../../nbs/cres/26_evaluate.ipynb #b175af9b
+# %% ../../nbs/cres/26_evaluate.ipynb #7fcdbf15
 def read_table(
     path: str | os.PathLike,  # as `write_table`, or inference, writes it
 ) -> Predictions:
     "Read predictions; further columns with numbers become observables. A `DataError` if it is no such table."
     columns = read_columns(path)
-    targets = [k for k in columns if not k.startswith(("true_", "mode")) and _derived(k, "sigma") in columns]
+    targets = [k for k in columns if not k.startswith(("true_", "mode")) and derived_name(k, "sigma") in columns]
     if not targets:
         raise DataError("columns such as energy_eV and energy_sigma_eV", ", ".join(columns) or "an empty table", path)
 
@@ -256,10 +259,10 @@ def read_table(
         if name not in columns or columns[name].dtype.kind != "f":
             raise DataError(f"numbers in the column {name}", "text" if name in columns else "no such column", path)
         return columns.pop(name)
-    head, _, tail = _derived(targets[0], "q*").partition("*")
+    head, _, tail = derived_name(targets[0], "q*").partition("*")
     levels = tuple(float(k[len(head):len(k) - len(tail)]) for k in columns if k.startswith(head) and k.endswith(tail))
     modes = range(sum(k.startswith("mode") and k.endswith("_weight") for k in columns))
-    marks = [[k, _derived(k, "sigma"), *(_derived(k, f"q{x:g}") for x in levels)] for k in targets]
+    marks = [[k, derived_name(k, "sigma"), *(derived_name(k, f"q{x:g}") for x in levels)] for k in targets]
     of = [np.stack([np.stack([take(k) for k in names], 1) for names in marks], 1)]  # (n, T, 2 + Q)
     weight = np.stack([take(f"mode{m}_weight") for m in modes], 1) if modes else None
     of += [np.stack([np.stack([take(f"mode{m}_{names[i]}") for names in marks], 1) for m in modes], 1) if modes else None
@@ -269,7 +272,7 @@ def read_table(
     return Predictions(targets, of[0][:, :, 0], of[0][:, :, 1], truth, rest, of[0][:, :, 2:] if levels else None,
                        levels or QUANTILES, weight, *of[1:])
 
-# %% ../../nbs/cres/26_evaluate.ipynb #0d117a9e
+# %% ../../nbs/cres/26_evaluate.ipynb #a9a9d531
 def noise_level_V(
     ts: Tensor,  # (n, 2, samples) in V
 ) -> Tensor:  # (n,) standard deviation of white noise in each quadrature
@@ -299,7 +302,7 @@ def observe(
     found = {"total_power": power.sum(1) - len(bins), "max_power": power.amax(1), "peak_frequency_Hz": frequency}
     return {k: v.cpu().numpy() for k, v in found.items()}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #1a413731
+# %% ../../nbs/cres/26_evaluate.ipynb #7176deb6
 def noise_step(pipeline) -> AddNoise | AddColouredNoise | None:
     "The step of a pipeline that adds noise, if there is one."
     return next((m for m in pipeline.prep.modules() if isinstance(m, AddNoise | AddColouredNoise)), None)
@@ -318,7 +321,7 @@ def needs_noise(
 def _device(module) -> torch.device:
     return next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
 
-# %% ../../nbs/cres/26_evaluate.ipynb #71871e5a
+# %% ../../nbs/cres/26_evaluate.ipynb #8f4b2757
 def event_blocks(
     events: Events | EventStore,
     size: int,  # events in a block
@@ -335,7 +338,7 @@ def event_blocks(
         ts = part.ts if noise is None else part.ts + part.noise[noise]
         yield replace(part, ts=ts[:, :, :samples], noise={})
 
-# %% ../../nbs/cres/26_evaluate.ipynb #2da594b7
+# %% ../../nbs/cres/26_evaluate.ipynb #f966eadc
 @torch.no_grad()
 def reconstruct(
     pipeline,  # trained `Pipeline` of prep and network
@@ -352,6 +355,8 @@ def reconstruct(
     pipeline, device, parts = pipeline.eval(), _device(pipeline), []
     quiet, step = pipeline.prep.without_noise(), noise_step(pipeline)
     recorded = None if noise in ("auto", "add", "none") else noise
+    if samples is not None and events.samples < samples:
+        raise DataError(f"at least {samples} samples", str(events.samples), row="events")
     blocks = event_blocks(events, batch_size, samples, recorded)
     for block in progress(blocks, "reconstruct", -(-len(events) // batch_size), "batch", disable=not show_progress):
         ts = torch.from_numpy(block.ts).to(device)
@@ -366,7 +371,7 @@ def reconstruct(
                                      observe(ts, events.sampling_rate_Hz, events.lo_frequency_Hz)))
     return join(parts)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #64200be2
+# %% ../../nbs/cres/26_evaluate.ipynb #b61b18de
 def _as_predictions(net, raw, truth: dict, observables: dict) -> Predictions:
     "One batch of raw outputs as `Predictions`."
     if net.config.task == "denoise":
@@ -388,7 +393,7 @@ def join(
         both[name] = {k: np.concatenate([getattr(p, name)[k] for p in parts]) for k in common}
     return replace(first, **both)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #b77ba664
+# %% ../../nbs/cres/26_evaluate.ipynb #6362868c
 def core_fit(
     residuals: np.ndarray,  # (n,)
     weights: np.ndarray | None = None,  # (n,)
@@ -407,19 +412,23 @@ def core_fit(
             return float(x[i]), 0.0, float(w[x == x[i]].sum())
         mean, sigma = _iterate_core(x, w, (x[i] + x[min(i + m, n) - 1]) / 2, width / 2, steps)
         mass = w @ np.exp(-(((x - mean) / sigma) ** 2) / 2)
-        best = max(best, (2 * math.log(mass) - math.log(sigma), mean, sigma, math.sqrt(2) * mass))
+        if mass > 0:
+            best = max(best, (2 * math.log(mass) - math.log(sigma), mean, sigma, math.sqrt(2) * mass))
     return best[1], best[2], min(best[3], 1.0)
 
 def _iterate_core(x: np.ndarray, w: np.ndarray, mean: float, sigma: float, steps: int) -> tuple[float, float]:
-    "Fixed point of the fit from one start."
+    "Fixed point of the fit from one start; at least a twentieth as wide, so that it cannot fall onto a single event."
+    least = sigma / 20
     for _ in range(steps):
         k = w * np.exp(-(((x - mean) / sigma) ** 2) / 2)
         total = k.sum()
+        if not total > 0:
+            break
         mean = float(k @ x / total)
-        sigma = max(float(math.sqrt(2 * (k @ (x - mean) ** 2) / total)), 1e-12 * abs(sigma))
+        sigma = max(math.sqrt(2 * (k @ (x - mean) ** 2) / total), least)
     return mean, sigma
 
-# %% ../../nbs/cres/26_evaluate.ipynb #a4b1b6b6
+# %% ../../nbs/cres/26_evaluate.ipynb #33139961
 FWHM = math.sqrt(8 * math.log(2))
 _SMOOTH, _STEP, _REACH = 0.3, 0.05, 8.0  # smoothing, bin and reach of the density of the core, in core sigmas
 
@@ -436,7 +445,7 @@ def half_maximum_width(
         ends.append(i - (half - side[i]) / (side[i - 1] - side[i]) if below.size else i)
     return math.sqrt(max((sum(ends) * _STEP) ** 2 - (FWHM * _SMOOTH) ** 2, 0.0))
 
-# %% ../../nbs/cres/26_evaluate.ipynb #52cb6678
+# %% ../../nbs/cres/26_evaluate.ipynb #1f9dc416
 TAIL = {"energy_eV": 3.0, "pitch_angle_deg": 0.03}
 "Residuals above this are in the tails."
 REPEATS = 200
@@ -459,7 +468,7 @@ def with_errors(
     errors = {k: np.std([d[k] for d in draws], ddof=1) if len(draws) > 1 else math.nan for k in statistic(weights)}
     return {k: {"value": float(v), "error": float(errors[k])} for k, v in statistic(weights).items()}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #05cf4ba3
+# %% ../../nbs/cres/26_evaluate.ipynb #47333f54
 def residual_statistic(
     r: np.ndarray,  # (n,) residuals
     tail: float | None = None,  # what is larger is in the tails; None: nothing is said of tails
@@ -484,7 +493,7 @@ def residual_statistic(
         return found if tail is not None else {k: v for k, v in found.items() if k != "tail_fraction"}
     return statistic
 
-# %% ../../nbs/cres/26_evaluate.ipynb #0a7fe6f8
+# %% ../../nbs/cres/26_evaluate.ipynb #9da9234c
 PERCENT = (10, 25, 50, 75, 100)
 ONE_SIGMA, TWO_SIGMA = (math.erf(k / math.sqrt(2)) for k in (1, 2))
 
@@ -512,7 +521,7 @@ def calibration_statistic(r: np.ndarray, sigma: np.ndarray) -> Statistic:
                 "z_rms": math.sqrt(w @ z**2 / total)}
     return statistic
 
-# %% ../../nbs/cres/26_evaluate.ipynb #63398d29
+# %% ../../nbs/cres/26_evaluate.ipynb #5cebc46c
 NARROW = {"energy_eV": 1.0, "pitch_angle_deg": 0.01}
 "A posterior with a smaller standard deviation is narrow."
 
@@ -544,7 +553,7 @@ def _weighted_median(x: np.ndarray, w: np.ndarray) -> float:
     running = np.cumsum(w[order])
     return float(x[order[np.searchsorted(running, running[-1] / 2)]])
 
-# %% ../../nbs/cres/26_evaluate.ipynb #72c3fb20
+# %% ../../nbs/cres/26_evaluate.ipynb #2f945895
 def efficiency_weights(
     p: Predictions,
     efficiency: Callable | None,  # of energy_eV, pitch_angle_deg and radius_m, as `cres.data.read_efficiency` gives
@@ -586,7 +595,7 @@ def figures_of_merit(
         raise DataError("events with a known truth", "none", row="truth")
     return found
 
-# %% ../../nbs/cres/26_evaluate.ipynb #283c4b9d
+# %% ../../nbs/cres/26_evaluate.ipynb #b56eaa78
 def mean_baseline(
     train: Predictions,  # training events with their truth
     test: Predictions,  # events to predict
@@ -610,7 +619,7 @@ def peak_baseline(
     sigma = np.full((len(test), 1), off.std())
     return Predictions(("energy_eV",), (end + off.mean())[:, None], sigma, test.truth, test.observables)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #56796874
+# %% ../../nbs/cres/26_evaluate.ipynb #5692fb78
 def fit_temperature(
     p: Predictions,  # validation events, with unscaled sigmas
 ) -> np.ndarray:  # (T,) factors; 1 for a target without sigma or truth
@@ -629,7 +638,7 @@ def scale_sigma(p: Predictions, factors: np.ndarray) -> Predictions:
     widths = None if p.widths is None else p.widths * factors
     return replace(p, sigma=p.sigma * factors, quantiles=about(p.quantiles, p.mean[:, :, None]), widths=widths)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #29392dfc
+# %% ../../nbs/cres/26_evaluate.ipynb #41cab7da
 @dataclass
 class Isotonic:
     "A table of z-scores and the fraction of truths below them, for each target."
@@ -662,7 +671,7 @@ class Isotonic:
         k = self.targets.index(target)
         return np.interp(level, self.level[k], self.z[k])
 
-# %% ../../nbs/cres/26_evaluate.ipynb #d5bfa456
+# %% ../../nbs/cres/26_evaluate.ipynb #1572a8f4
 def apply_isotonic(
     table: Isotonic,
     p: Predictions,  # with the sigmas that the table was fitted to
@@ -693,7 +702,7 @@ def band_coverage(
                      "error": math.sqrt(c * (1 - c) / len(y) + 0.25 / len(y) ** 2)})
     return rows
 
-# %% ../../nbs/cres/26_evaluate.ipynb #c8b1cc34
+# %% ../../nbs/cres/26_evaluate.ipynb #b1ef94ab
 CALIBRATION = "calibration.json"
 
 def _coverages(p: Predictions) -> dict:
@@ -735,7 +744,7 @@ def read_calibration(
     path = Path(folder) / CALIBRATION
     return read_json(path) if path.exists() else None
 
-# %% ../../nbs/cres/26_evaluate.ipynb #5a9825ae
+# %% ../../nbs/cres/26_evaluate.ipynb #fe377fd1
 AXES = {  # label -> what to write, unit, factor to that unit
     "energy_eV": ("energy", "eV", 1.0), "pitch_angle_deg": ("pitch angle", "deg", 1.0),
     "avg_carrier_frequency_Hz": ("mean carrier", "GHz", 1e-9),
@@ -743,8 +752,8 @@ AXES = {  # label -> what to write, unit, factor to that unit
     "avg_axial_frequency_Hz": ("axial frequency", "MHz", 1e-6), "slope_Hz": ("chirp", "MHz/ms", 1e-9),
     "radius_m": ("radius", "mm", 1e3), "radius_phase": ("azimuth", "rad", 1.0),
     "start_time_s": ("start of the track", "µs", 1e6), "track_length_s": ("track length", "µs", 1e6),
-    "snr": ("amplitude SNR", "", 1.0), "total_power": ("summed power", "noise per bin", 1.0),
-    "max_power": ("maximum power", "noise per bin", 1.0), "peak_frequency_Hz": ("strongest line", "GHz", 1e-9),
+    "snr": ("amplitude SNR", "", 1.0), "total_power": ("summed power", "noise of a bin", 1.0),
+    "max_power": ("maximum power", "noise of a bin", 1.0), "peak_frequency_Hz": ("strongest line", "GHz", 1e-9),
 }
 
 def axis_label(name: str, what: str = "") -> str:
@@ -756,12 +765,18 @@ def in_unit(name: str, values: np.ndarray) -> np.ndarray:
     "Values in the unit of the axis."
     return values * AXES.get(name, ("", "", 1.0))[2]
 
-def variables(p: Predictions) -> dict[str, np.ndarray]:  # name -> (n,)
-    "The true labels and observables worth drawing: known, and not the same for all events."
-    return {k: v for k, v in {**p.truth, **p.observables}.items()
-            if k in AXES and np.isfinite(v).all() and np.ptp(v) > 1e-9 * abs(v).max()}
+def varied(values: Mapping[str, np.ndarray]) -> dict[str, np.ndarray]:  # name -> (n,)
+    "Columns worth drawing: with an axis of their own, known, and not the same for all events."
+    return {k: v for k, v in values.items() if k in AXES and np.isfinite(v).all() and np.ptp(v) > 1e-9 * abs(v).max()}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #5d00f1ff
+def variables(p: Predictions) -> dict[str, np.ndarray]:  # name -> (n,)
+    "The true labels and observables that residuals are drawn against."
+    return varied({k: v for k, v in {**p.truth, **p.observables}.items() if k in _AGAINST})
+
+_AGAINST = ("energy_eV", "pitch_angle_deg", "avg_carrier_frequency_Hz", "avg_axial_frequency_Hz", "radius_m",
+            "start_time_s", "track_length_s", "total_power", "max_power")
+
+# %% ../../nbs/cres/26_evaluate.ipynb #a48cb442
 @contextlib.contextmanager
 def _panels(n: int, width: float = 2.6, height: float = 2.3, columns: int = 4, **options):
     "A figure with `n` panels in rows of up to `columns`, and the list of its axes."
@@ -785,10 +800,10 @@ def _reach(r: np.ndarray, part: float = 0.99) -> float:
     "Limit of an axis of residuals that holds `part` of them."
     return float(np.quantile(np.abs(r), part)) * 1.05 or 1.0
 
-# %% ../../nbs/cres/26_evaluate.ipynb #bb22e276
+# %% ../../nbs/cres/26_evaluate.ipynb #c32f14ba
 def plot_distributions(p: Predictions) -> Figure:
     "Distributions of the true labels and of the observables."
-    shown = variables(p)
+    shown = varied({**p.truth, **p.observables})
     with _panels(len(shown)) as (fig, axes):
         for ax, (name, values) in zip(axes, shown.items(), strict=True):
             ax.hist(in_unit(name, values), bins=60, histtype="stepfilled", alpha=0.8)
@@ -807,7 +822,7 @@ def plot_truth(p: Predictions) -> Figure:
             fig.colorbar(drawn, ax=ax, label="events")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #bea5b5be
+# %% ../../nbs/cres/26_evaluate.ipynb #e6a1c126
 def plot_residuals(p: Predictions) -> Figure:
     "Residuals of each target: the core with its fit, and all of them."
     known = [k for k in p.targets if k in p.truth]
@@ -829,11 +844,11 @@ def plot_residuals(p: Predictions) -> Figure:
             for i, x in enumerate((mean - half, mean + half)):
                 row[0].axvline(x, color=COLOURS[2], linestyle=":", label=None if i else f"FWHM {2 * half:.3g}")
             row[0].set_ylim(0, row[0].get_ylim()[1] * 1.45)
-            row[0].legend(loc="upper left")
-            row[1].set(yscale="log", ylim=(0.5, None), title=f"RMS {tables['rms']:.3g}, {len(r):,} events")
+            row[0].legend(loc="upper left", frameon=True, framealpha=0.9, edgecolor="none")
+            row[1].set(yscale="log", ylim=(0.5, 2 * len(r)), title=f"RMS {tables['rms']:.3g}, {len(r):,} events")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #b6130962
+# %% ../../nbs/cres/26_evaluate.ipynb #ac3815d3
 GOAL_EV = 0.3
 "The aim for the energy resolution, one standard deviation."
 
@@ -877,7 +892,7 @@ def plot_width_against_count(p: Predictions) -> Figure:
             ax.xaxis.label.set_size(8)
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #cfee8068
+# %% ../../nbs/cres/26_evaluate.ipynb #ab2e26d5
 def plot_all_against_all(p: Predictions) -> Figure:
     "Residual of every target against every true label and observable."
     shown, known = variables(p), [k for k in p.targets if k in p.truth]
@@ -904,7 +919,7 @@ def plot_power(p: Predictions) -> Figure:
                 ax.set(xlabel=axis_label(name), ylabel="energy residual [eV]")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #cf478adc
+# %% ../../nbs/cres/26_evaluate.ipynb #64e69c5f
 def plot_frequencies(
     p: Predictions,
     largest_eV: float = 20.0,  # end of the colour scale
@@ -943,7 +958,7 @@ def plot_reconstructed(p: Predictions) -> Figure:
         axes[0, 0].legend(loc="upper left", ncols=2)
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #7a399b07
+# %% ../../nbs/cres/26_evaluate.ipynb #fcb4ae7a
 def by_track_length(
     p: Predictions,  # with the label `track_length_s`
     groups: int = 5,  # of equal numbers of events
@@ -973,7 +988,7 @@ def plot_length(
         ax.legend()
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #465884ed
+# %% ../../nbs/cres/26_evaluate.ipynb #2fdf87d9
 def plot_calibration(
     p: Predictions,
     others: Mapping[str, Predictions] | None = None,  # the same events calibrated otherwise, for the curve of coverage
@@ -991,7 +1006,8 @@ def plot_calibration(
                 row[1].plot(np.append(z, 4), np.append((np.arange(len(z)) + 1) / len(z), 1), label=label)
             k = np.linspace(0, 4, 100)
             row[1].plot(k, 2 * ndtr(k) - 1, "k:", linewidth=1, label="nominal")
-            row[1].set(xlabel="k", ylabel="fraction within k sigma", xlim=(0, 4), ylim=(0, 1.01), title=name)
+            row[1].set(xlabel="k", ylabel="fraction within k sigma", xlim=(0, 4), ylim=(0, 1.01),
+                       title=axis_label(name).split(" [")[0])
             row[1].legend(loc="lower right")
             z, edges = r / np.maximum(sigma, 1e-300), np.linspace(-6, 6, 73)
             row[2].hist(np.clip(z, -5.99, 5.99), edges, histtype="stepfilled", alpha=0.5)
@@ -1001,7 +1017,7 @@ def plot_calibration(
 
 def _draw_spread(ax, r: np.ndarray, sigma: np.ndarray, name: str, groups: int = 15) -> None:
     "RMS and core width of the residuals in groups of similar predicted sigma."
-    parts = [i for i in np.array_split(sigma.argsort(kind="stable"), groups) if len(i) > 10]
+    parts = np.array_split(sigma.argsort(kind="stable"), max(1, min(groups, len(r) // 20)))
     claimed = [np.sqrt(np.mean(sigma[i] ** 2)) for i in parts]
     ax.plot(claimed, [np.sqrt(np.mean(r[i] ** 2)) for i in parts], "o", label="RMS")
     ax.plot(claimed, [core_fit(r[i])[1] for i in parts], "^", label="core sigma")
@@ -1010,9 +1026,10 @@ def _draw_spread(ax, r: np.ndarray, sigma: np.ndarray, name: str, groups: int = 
     ax.set(xlabel=axis_label(name, "predicted sigma of"), ylabel=f"spread of residuals [{name.rpartition('_')[2]}]",
            xscale="log", yscale="log")
     ax.xaxis.label.set_size(8)
+    ax.xaxis.set_minor_formatter(NullFormatter())
     ax.legend()
 
-# %% ../../nbs/cres/26_evaluate.ipynb #9254bf45
+# %% ../../nbs/cres/26_evaluate.ipynb #df80589e
 def plot_sigma_against(p: Predictions, bins: int = 20) -> Figure:
     "RMS of the predicted sigma, and of the residuals, in bins of every variable, for each target."
     known = [k for i, k in enumerate(p.targets) if k in p.truth and np.isfinite(p.sigma[:, i]).all()]
@@ -1046,11 +1063,12 @@ def plot_efficiency_curve(
             axes[0].plot(100 * kept / len(r), [np.sqrt(np.mean(ranked[:k] ** 2)) for k in kept], label=label)
             axes[1].plot(100 * kept / len(r), [np.median(np.abs(ranked[:k])) for k in kept], label=label)
         for ax, what in zip(axes, ("RMS", "median |residual|"), strict=True):
+            ax.yaxis.set_minor_formatter(NullFormatter())
             ax.set(xlabel="best events kept [%]", ylabel=f"{what}, {axis_label(target)}", yscale="log", xlim=(0, 100))
         axes[0].legend()
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #bf6b68ba
+# %% ../../nbs/cres/26_evaluate.ipynb #e497534a
 def plot_denoising(
     noisy: np.ndarray, clean: np.ndarray, denoised: np.ndarray,  # (n, 2, samples) in V
     sampling_rate_Hz: float = SAMPLING_RATE_HZ,
@@ -1064,6 +1082,7 @@ def plot_denoising(
     f = np.fft.fftshift(np.fft.fftfreq(noisy.shape[2], 1e6 / sampling_rate_Hz))
     with figure(rows + 1, 2, width=8, height=2.1 * (rows + 1), squeeze=False) as (fig, axes):
         for i, (left, right) in enumerate(axes[:rows]):
+            top = (np.abs(np.fft.fft(clean[i, 0] + 1j * clean[i, 1])) ** 2).max() / clean.shape[2] / sampling_rate_Hz
             for name, x in series.items():
                 t = np.arange(min(stretch, x.shape[2])) * 1e6 / sampling_rate_Hz
                 left.plot(t, 1e3 * x[i, 0, :len(t)], color=colours[name], linewidth=0.8, label=name)
@@ -1071,7 +1090,7 @@ def plot_denoising(
                 right.semilogy(f, np.maximum(power, 1e-20), color=colours[name], linewidth=0.6)
             left.set(xlabel="time [µs]", ylabel="I [mV]")
             right.set(xlabel="frequency - LO [MHz]", ylabel="density [V²/Hz]",
-                      ylim=(power.max() * 1e-7, None))
+                      ylim=(1e-7 * top, 3 * top))
         axes[0, 0].legend(ncols=3, loc="upper right")
         error = np.mean((denoised - clean) ** 2, (1, 2)) * 1e6
         axes[-1, 0].hist(error, bins=40, alpha=0.8)
@@ -1083,16 +1102,16 @@ def plot_denoising(
         axes[-1, 1].set(xlabel="mean square of the clean signal [mV²]", ylabel="noise removed, factor", yscale="log")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #c0c8891f
+# %% ../../nbs/cres/26_evaluate.ipynb #fe770301
 COLUMNS_SHOWN = (("core_sigma", "core σ"), ("fwhm_half_maximum", "FWHM"), ("rms", "RMS"), ("tail_fraction", "tail fraction"),
                  ("median_abs", "median |residual|"), ("bias", "bias"))
 
-def _cell(entry: Mapping | None) -> str:
+def _cell(entry: Mapping | None, scale: float = 1.0) -> str:
     "A number with its error, to the digits that the error deserves."
     if not entry or entry.get("value") is None:
         return "-"
-    value, error = entry["value"], entry.get("error")
-    if error is None or not error > 0:
+    value, error = scale * entry["value"], scale * (entry.get("error") or 0.0)
+    if not error > 0:
         return f"{value:.4g}"
     digits = min(6, max(0, 1 - math.floor(math.log10(error))))
     return f"{value:.{digits}f} ± {error:.{digits}f}"
@@ -1102,7 +1121,6 @@ def merit_rows(
     target: str = "energy_eV",
 ) -> tuple[list[str], list[list[str]]]:  # column titles, rows
     "The table of one target: the network, weighted by efficiency, its best quarter, baselines and the posterior."
-    unit = AXES.get(target, ("", target.rpartition("_")[2]))[1]
     rows = {"network": metrics[target]["all"]}
     if "efficiency_weighted" in metrics[target]:
         rows["weighted by efficiency"] = metrics[target]["efficiency_weighted"]
@@ -1111,10 +1129,19 @@ def merit_rows(
     for name, table in {**metrics.get("baselines", {}), "posterior": metrics.get("posterior", {})}.items():
         if target in table:
             rows[name] = table[target]["all"]
-    header = [f"{AXES.get(target, (target,))[0]} [{unit}]", *(title for _, title in COLUMNS_SHOWN)]
-    return header, [[name, *(_cell(row.get(key)) for key, _ in COLUMNS_SHOWN)] for name, row in rows.items()]
+    header = [f"{AXES.get(target, (target,))[0]} [{_table_unit(target)[0]}]", *(title for _, title in COLUMNS_SHOWN)]
+    return header, [[name, *_merit_cells(row, target)] for name, row in rows.items()]
 
-# %% ../../nbs/cres/26_evaluate.ipynb #1c4a582e
+def _table_unit(target: str) -> tuple[str, float]:
+    "Unit of a target in tables, and the factor to it: pitch angles are good to thousandths of a degree."
+    return ("mdeg", 1e3) if target == "pitch_angle_deg" else (AXES.get(target, ("", target.rpartition("_")[2]))[1], 1.0)
+
+def _merit_cells(row: Mapping, target: str) -> list[str]:
+    "The cells of one row of figures of merit."
+    scale = _table_unit(target)[1]
+    return [_cell(row.get(key), 1.0 if key == "tail_fraction" else scale) for key, _ in COLUMNS_SHOWN]
+
+# %% ../../nbs/cres/26_evaluate.ipynb #9f1fb928
 def calibration_rows(metrics: Mapping) -> tuple[list[str], list[list[str]]]:  # column titles, rows
     "Coverage of the network for each target."
     rows = [[target, *(_cell(metrics[target]["calibration"][k]) for k in ("coverage_1_sigma", "coverage_2_sigma", "z_rms"))]
@@ -1138,7 +1165,7 @@ def limit_text(metrics: Mapping) -> list[str]:
             f"{_cell(metrics[target]['limit']['narrow_ratio'])} times what the posterior allows."
             for target in metrics if isinstance(metrics[target], Mapping) and "limit" in metrics[target]]
 
-# %% ../../nbs/cres/26_evaluate.ipynb #e2fa6df1
+# %% ../../nbs/cres/26_evaluate.ipynb #a758e5e8
 def doubts(metrics: Mapping) -> list[str]:  # warnings; empty if all is as it should be
     "What a reader of these metrics should be warned about."
     said = []
@@ -1159,22 +1186,26 @@ def doubts(metrics: Mapping) -> list[str]:  # warnings; empty if all is as it sh
                         "among those trained on.")
     return said
 
+def print_rows(header: Sequence[str], rows: Sequence[Sequence[str]], console: Console | None = None) -> None:
+    "Print a table to the terminal; square brackets are text, not markup."
+    table = RichTable()
+    for k, name in enumerate(header):
+        table.add_column(escape(name), justify="right" if k else "left")
+    for row in rows:
+        table.add_row(*map(escape, row))
+    (console or Console(width=None if sys.stdout.isatty() else 132)).print(table)
+
 def print_table(metrics: Mapping, console: Console | None = None) -> None:
     "Print the figures of merit to the terminal."
-    console = console or Console(width=None if sys.stdout.isatty() else 120)
+    console = console or Console(width=None if sys.stdout.isatty() else 132)
     tables = [merit_rows(metrics, t) for t in metrics if isinstance(metrics[t], Mapping) and "all" in metrics[t]]
     for header, rows in [*tables, calibration_rows(metrics)]:
-        table = RichTable()
-        for k, name in enumerate(header):
-            table.add_column(escape(name), justify="right" if k else "left")
-        for row in rows:
-            table.add_row(*map(escape, row))
         if rows:
-            console.print(table)
+            print_rows(header, rows, console)
     for text in limit_text(metrics):
         console.print(text, highlight=False)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #c7175d9a
+# %% ../../nbs/cres/26_evaluate.ipynb #9c6a0314
 def _figures(p: Predictions, limit: Predictions | None, others: Mapping[str, Predictions]) -> dict[str, tuple[Figure, str]]:
     "All figures that these predictions allow: file name -> figure, what it shows."
     own = {"this network": p} | ({"posterior": limit} if limit is not None else {})
@@ -1203,7 +1234,7 @@ def _figures(p: Predictions, limit: Predictions | None, others: Mapping[str, Pre
               "width_against_count": "energy_eV" in p.targets}
     return {name: (make(), text) for name, (make, text) in makers.items() if wanted.get(name, True)}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #489665ef
+# %% ../../nbs/cres/26_evaluate.ipynb #db863667
 def report(
     folder: str | os.PathLike,  # the run folder, or any other to write into
     p: Predictions,  # of test events
@@ -1211,7 +1242,7 @@ def report(
     limit: Predictions | None = None,  # the posterior of the same events
     baselines: Mapping[str, Predictions] | None = None,  # name -> predictions of the same events
     calibration: Mapping | None = None,  # content of calibration.json
-    denoising: tuple[np.ndarray, np.ndarray, np.ndarray] | None = None,  # noisy, clean, denoised, each (n, 2, samples)
+    denoising: tuple | None = None,  # noisy, clean, denoised, each (n, 2, samples), and their sampling rate in Hz
     history: Sequence[Mapping] | None = None,  # of the training
     facts: Mapping | None = None,  # names and values for the report
     seed: int = 0,  # of the bootstrap
@@ -1231,12 +1262,13 @@ def report(
         made["history"] = plots.plot_history(history), "Loss against epoch."
     for name, (fig, _) in made.items():
         plots.save_png(folder / "figures" / f"{name}.png", fig)
+        fig.set_layout_engine("none")  # placed; the report need not place it again
     plots.html_report(folder / "report.html", f"Evaluation of {folder.resolve().name}",
                       report_sections(metrics, made, calibration))
     write_json(folder / "metrics.json", metrics)
     return metrics
 
-# %% ../../nbs/cres/26_evaluate.ipynb #e7071b58
+# %% ../../nbs/cres/26_evaluate.ipynb #45472996
 def report_sections(metrics: Mapping, made: Mapping[str, tuple[Figure, str]], calibration: Mapping | None) -> list[Section]:
     "The sections of the report."
     def pick(*names):
@@ -1248,8 +1280,8 @@ def report_sections(metrics: Mapping, made: Mapping[str, tuple[Figure, str]], ca
     if calibration:
         honest.append(Table(*held_out_rows(calibration), caption="Fitted on one half of the validation events, judged on "
                             "the other."))
-    best = [Table([f"best events [%], {t}", "events", "RMS", "median |residual|"],
-                  [[k, row["events"], _cell(row["rms"]), _cell(row["median_abs"])]
+    best = [Table([f"best events [%], {AXES.get(t, (t,))[0]} [{_table_unit(t)[0]}]", "events", "RMS", "median |residual|"],
+                  [[k, row["events"], *(_cell(row[x], _table_unit(t)[1]) for x in ("rms", "median_abs"))]
                    for k, row in metrics[t].get("resolution_at_efficiency", {}).items()]) for t in targets]
     facts = [[k, v] for k, v in metrics.get("facts", {}).items()]
     return [
@@ -1267,7 +1299,114 @@ def report_sections(metrics: Mapping, made: Mapping[str, tuple[Figure, str]], ca
                 figures=pick("history", "distributions")),
     ]
 
-# %% ../../nbs/cres/26_evaluate.ipynb #b345868a
+# %% ../../nbs/cres/26_evaluate.ipynb #8f42285b
+_FIRST = {"valid": 0, "test": 1_000_000_000}  # number of the first event, for its noise
+
+def part_events(
+    config,  # `cres.train.Config` of the run
+    part: str,  # valid or test
+    n: int = 4096,  # at most so many events
+    device: torch.device | str | None = None,
+) -> tuple[Events, str]:  # the events, and how `reconstruct` is to treat their noise
+    "Events of the validation or test part of the data of a run."
+    if config.data.source == "stream":
+        return Simulator(config.data.simulate, device=device).reseeded(part).events(n, noise="none"), "auto"
+    from deadlayer_cres.cres.train import open_source
+
+    source = open_source(config, device)
+    rows = config.data.split.split(source.events)[("train", "valid", "test").index(part)]
+    if not len(rows):
+        raise DataError(f"events in the {part} part", "none", config.data.files[0], remedy="give other events, with --data")
+    rows = rows if len(rows) <= n else rows[np.linspace(0, len(rows) - 1, n).astype(int)]
+    return source.read(rows, source.added), source.added or "auto"
+
+def check_events(
+    config,  # of a trained run
+    events: Events | EventStore,
+    path: str | os.PathLike | None = None,
+) -> None:
+    "Raise a `DataError` unless these events are sampled as those that the run was trained on, and long enough."
+    for name, unit in (("sampling_rate_Hz", "Hz"), ("lo_frequency_Hz", "Hz")):
+        want, found = getattr(config.data, name), getattr(events, name)
+        if not np.isclose(want, found, rtol=1e-9, atol=0):
+            raise DataError(f"{name} {want:.12g} {unit}, as in the training", f"{found:.12g} {unit}", path,
+                            remedy="use events of the same receiver, or a network trained for this one")
+    if events.samples < config.data.samples:
+        raise DataError(f"at least {config.data.samples} samples, as in the training", str(events.samples), path,
+                        remedy="use longer events, or a network trained for shorter ones")
+
+# %% ../../nbs/cres/26_evaluate.ipynb #00e226b2
+def evaluate(
+    run,  # `deadlayer_cres.train.Run`
+    config,  # its `cres.train.Config`
+    pipeline,  # its trained pipeline; the three of them from `cres.train.load_run`
+    events: Events | EventStore | None = None,  # test events; None: the test part of the run's data
+    n: int = 4096,  # at most so many events of its own data
+    noise: str = "auto",  # see `reconstruct`
+    efficiency: Callable | None = None,  # see `efficiency_weights`
+    limit: Predictions | None = None,  # the posterior of the test events
+    calibrate: str = "temperature",  # temperature, isotonic or none
+    folder: str | os.PathLike | None = None,  # where to write; None: into the run
+    seed: int = 0,  # of the bootstrap
+) -> dict:  # the metrics
+    "Judge a run: calibrate it, write predictions.csv, metrics.json, figures/*.png and report.html."
+    if calibrate not in ("temperature", "isotonic", "none"):
+        raise ConfigError("temperature, isotonic or none", repr(calibrate), row="calibrate")
+    samples, device = config.data.samples, _device(pipeline)
+    if pipeline.net.config.task == "denoise":
+        raise ConfigError("a network that estimates energies", "one that denoises only", run.path, remedy="use "
+                          "plot_denoising, or train with model.task both")
+    if events is not None:
+        check_events(config, events)
+    valid_events, how = part_events(config, "valid", n, device)
+    valid = reconstruct(pipeline, valid_events, how, samples)
+    gaussian = bool(np.isfinite(valid.sigma).all())
+    calibration = None
+    if calibrate != "none" and gaussian:
+        calibration = calibrate_run(run, pipeline, lambda: reconstruct(pipeline, valid_events, how, samples))
+    if events is None:
+        events, noise = part_events(config, "test", n, device)
+    p = reconstruct(pipeline, events, noise, samples, first=_FIRST["test"], show_progress=True)
+    p = apply_isotonic(Isotonic(**calibration["isotonic"]), p) if calibration and calibrate == "isotonic" else p
+    baselines = {"mean": mean_baseline(valid, p, p.targets)}
+    if {"energy_eV"} <= set(p.targets) & set(p.truth):
+        baselines["peak frequency"] = peak_baseline(valid, p)
+    folder = Path(folder or run.path)
+    seen = events[:256] if isinstance(events, Events) else events.read(slice(256), samples)
+    metrics = report(folder, p, efficiency, limit, baselines, calibration,
+                     denoise_events(pipeline, seen) if pipeline.net.denoiser is not None else None, run.history,
+                     _facts(run, config, pipeline, noise, calibrate if calibration else "none"), seed)
+    write_table(folder / "predictions.csv", p)
+    return metrics
+
+def _facts(run, config, pipeline, noise: str, calibrate: str) -> dict:
+    "What a reader of the report wants to know of the run."
+    rows = run.history
+    return {"run": run.path.resolve().name, "parameters": sum(w.numel() for w in pipeline.net.parameters()),
+            "samples": config.data.samples, "head": config.model.head, "epochs": len(rows),
+            "minutes of training": round(sum(r["seconds"] for r in rows) / 60, 1), "noise of the test": noise,
+            "calibration": calibrate, "data checksum": run.environment.get("data_checksum")}
+
+# %% ../../nbs/cres/26_evaluate.ipynb #b125eef9
+@torch.no_grad()
+def denoise_events(
+    pipeline,  # whose network denoises
+    events: Events,  # clean
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float] | None:  # noisy, clean, denoised (n, 2, m) in V; their rate in Hz
+    "Clean events with noise and denoised, as the network gets them; None if these are noisy, or its input is no time series."
+    ts, step = torch.from_numpy(events.ts).to(_device(pipeline)), noise_step(pipeline)
+    quiet = pipeline.prep.without_noise()
+    quiet = quiet.branches[0] if hasattr(quiet, "branches") else quiet
+    if step is None or not needs_noise(pipeline, ts) or quiet.time_s is None or quiet.frequency_Hz is not None:
+        return None
+    scale = quiet.steps["scale"] if "scale" in quiet.steps else None
+    factor = scale.std.view(1, -1, 1) if isinstance(scale, Scale) else 1.0
+    series = [quiet(x) for x in (step(ts, torch.arange(len(ts), device=ts.device)), ts)]
+    out = pipeline.net.denoiser(series[0])
+    rate = 1 / float(quiet.time_s[1] - quiet.time_s[0])
+    return *((x * factor).cpu().numpy() for x in (*series, out)), rate
+
+# %% ../../nbs/cres/26_evaluate.ipynb #7b4a14d7
 def read_metrics(
     folder: str | os.PathLike,  # a run folder
 ) -> dict:
@@ -1291,9 +1430,9 @@ def comparison_rows(
             raise RunError(f"a run that was evaluated for {target}", f"{name}, which was not", row=target)
         best = m[target].get("resolution_at_efficiency", {}).get("25", {}).get("rms")
         covered = m[target].get("calibration", {}).get("coverage_1_sigma")
-        rows.append([name, *(_cell(m[target]["all"].get(k)) for k, _ in COLUMNS_SHOWN), _cell(best), _cell(covered)])
+        rows.append([name, *_merit_cells(m[target]["all"], target), _cell(best, _table_unit(target)[1]), _cell(covered)])
     for name, table in next(iter(runs.values()), {}).get("baselines", {}).items():
         if target in table:
-            rows.append([name, *(_cell(table[target]["all"].get(k)) for k, _ in COLUMNS_SHOWN), "-", "-"])
-    unit = AXES.get(target, ("", ""))[1]
-    return [f"run, {target}", *(title for _, title in COLUMNS_SHOWN), f"RMS of best 25 % [{unit}]", "within 1 σ"], rows
+            rows.append([name, *_merit_cells(table[target]["all"], target), "-", "-"])
+    title = f"run, {AXES.get(target, (target,))[0]} [{_table_unit(target)[0]}]"
+    return [title, *(title for _, title in COLUMNS_SHOWN), "RMS of best 25 %", "within 1 σ"], rows

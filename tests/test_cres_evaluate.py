@@ -363,6 +363,29 @@ def test_calibration_is_judged_on_events_it_was_not_fitted_to():
         ev.fit_calibration(predicted(50))
 
 
+class FakeRun:
+    "Keeps what `calibrate_run` writes."
+
+    def __init__(self, path):
+        self.path, self.about = path, []
+
+    def save_weights(self, pipeline, **about):
+        self.about.append(about)
+
+
+def test_a_run_is_calibrated_once_and_for_all(tmp_path, pipeline):
+    run, events = FakeRun(tmp_path), simulate_events(300, SMALL)
+    first, again = (ev.calibrate_run(run, pipeline, lambda: ev.reconstruct(pipeline, events)) for _ in range(2))
+    assert first == again and ev.read_calibration(tmp_path)["temperature"] == first["temperature"]
+    after = ev.reconstruct(pipeline, events)
+    assert np.allclose(pipeline.net.sigma_scale.numpy(), list(first["temperature"].values()))
+    assert all(abs(c - ev.ONE_SIGMA) < 0.005 for c in covered(after).values()), "read() applies the temperature"
+    table = ev.Isotonic(**first["isotonic"])
+    assert all(abs(c - ev.ONE_SIGMA) < 0.02 for c in covered(ev.apply_isotonic(table, after)).values()), "and the table"
+    pipeline.net.sigma_scale.fill_(1)
+    assert ev.read_calibration(tmp_path / "none") is None
+
+
 # --- networks ---
 
 SMALL = SimulateConfig(receiver=ReceiverConfig(samples=256))

@@ -13,8 +13,10 @@ import pytest
 from deadlayer_cres.cli_cres import VERBS, cres
 from deadlayer_cres.core import read_json
 from deadlayer_cres.cres.data import Events, read_store, shared_data, write_store
+from deadlayer_cres.cres.evaluate import read_columns, read_table, reconstruct, residual, write_table
 from deadlayer_cres.cres.simulate import SimulateConfig, simulate_events
 from deadlayer_cres.cres.simulate import test_set as fixed_test_set
+from deadlayer_cres.cres.train import load_run
 
 SMALL = ["--receiver.samples", "256", "--events", "60", "--events_per_shard", "25"]
 
@@ -180,3 +182,142 @@ def test_the_real_egg(capfd):
     shutil.copy(egg, "short.egg")
     os.truncate("short.egg", 9000)
     refused(capfd, ["prepare", "short.egg", "--out", "two", "--require", "[]"], "short.egg")
+
+
+# --- train, evaluate, infer, compare ---
+
+TINY = ["--data.simulate.receiver.samples", "256", "--data.batches_per_epoch", "4", "--data.valid_batches", "2",
+        "--data.batch_size", "32", "--model.encoders", "[{kind: cnn, d_model: 8, layers: 1}]", "--model.head",
+        "gaussian", "--model.hidden", "[]", "--prep.representation", "time", "--train.epochs", "1"]
+
+
+@pytest.fixture(scope="module")
+def trained_run(tmp_path_factory):
+    "A run made by the program itself."
+    path = tmp_path_factory.mktemp("runs") / "run"
+    cres(["train", *TINY, "--out", str(path)])
+    return path
+
+
+@pytest.fixture
+def run(trained_run, world):
+    shutil.copytree(trained_run, world / "run")
+    return "run"
+
+
+def stored(name="a", n=40, samples=256, noise="added", **options):
+    config = SimulateConfig(**options)
+    config.receiver.samples = samples
+    events = simulate_events(n, config, noise=noise)
+    write_store(events, name)
+    return events
+
+
+def test_train_leaves_a_run_and_heeds_its_settings(trained_run):
+    assert {"config.yaml", "model.safetensors", "history.csv"} <= set(os.listdir(trained_run))
+    assert "d_model: 8" in (trained_run / "config.yaml").read_text()
+    assert len((trained_run / "history.csv").read_text().splitlines()) == 2
+
+
+def test_train_resumes_and_replaces_only_when_told(capfd, run):
+    refused(capfd, ["train", *TINY, "--out", run], run)
+    cres(["train", *TINY, "--out", run, "--resume"])
+    assert "nothing to do" in capfd.readouterr().err
+    refused(capfd, ["train", *TINY, "--train.lr", "1e-4", "--out", run, "--resume"], "lr")
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    ([], ["--out"]), (["--out", "x", "--model.head", "none"], ["head"]),
+    (["--out", "x", "--model.d", "4"], ["model.d"]),
+    (["--out", "x", "--data.source", "files"], ["data.files"]),
+    (["--out", "x", "--data.source", "files", "--data.files", "[none.h5]"], ["none.h5"]),
+    (["-c", "none.yaml", "--out", "x"], ["none.yaml"])])
+def test_train_refuses_bad_settings(capfd, options, words):
+    refused(capfd, ["train", *TINY, *options], *words)
+
+
+def test_evaluate_writes_what_it_says(capfd, run):
+    weights = open("run/model.safetensors", "rb").read()
+    cres(["evaluate", run, "--events", "150"])
+    out = capfd.readouterr().out
+    assert "core σ" in out and "peak frequency" in out and "report.html" in out
+    assert {"metrics.json", "report.html", "calibration.json", "predictions.csv"} <= set(os.listdir("run"))
+    m, c = read_json("run/metrics.json"), read_json("run/calibration.json")
+    assert m["events"] == 150 and set(m["baselines"]) == {"mean", "peak frequency"}
+    assert abs(c["coverage"]["temperature"]["energy_eV"]["coverage_1_sigma"] - 0.683) < 0.12
+    assert open("run/model.safetensors", "rb").read() != weights, "the temperature is part of the weights"
+    p = read_table("run/predictions.csv")
+    assert abs(np.sqrt(np.mean(residual(p) ** 2)) - m["energy_eV"]["all"]["rms"]["value"]) < 1e-6
+    cres(["compare", run])
+    assert "mean" in capfd.readouterr().out
+
+
+def test_evaluate_on_given_events(capfd, run):
+    events = stored(n=120)
+    _, _, pipeline = load_run(run, "cpu")
+    write_table("posterior.csv", reconstruct(pipeline, events))
+    folder = shared_data()
+    grid = [] if folder is None else ["--efficiency", str(folder / "epsilon_grid.npz")]
+    cres(["evaluate", run, "--data", "a", "--events", "100", "--out", "there", "--calibrate", "isotonic", "--limit",
+          "posterior.csv", *grid])
+    assert os.path.exists("there/report.html") and not os.path.exists("run/metrics.json")
+    p, m = read_table("there/predictions.csv"), read_json("there/metrics.json")["energy_eV"]
+    assert np.array_equal(p.truth["energy_eV"], events.columns["energy_eV"]) and p.quantiles.shape == (120, 2, 5)
+    assert m["limit"]["rms_ratio"]["value"] == pytest.approx(1, abs=1e-6)
+    assert folder is None or "efficiency_weighted" in m
+
+
+def test_evaluate_on_a_fixed_set(capfd, run):
+    cres(["evaluate", run, "--test_set", "cca-8k", "--events", "110", "--out", "there", "--calibrate", "none"])
+    assert read_json("there/metrics.json")["events"] == 110
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["nowhere"], ["nowhere"]), (["run", "--data", "b.h5"], ["b.h5"]),
+    (["run", "--data", "a", "--test_set", "cca-8k"], ["both"]),
+    (["run", "--events", "3"], ["--events"]), (["run", "--efficiency", "none.npz"], ["none.npz"]),
+    (["run", "--limit", "none.csv"], ["none.csv"]), (["run", "--data", "short"], ["256 samples"]),
+    (["run", "--data", "a", "--noise", "cav"], ["cav"]), (["run", "--test_set", "cca"], ["cca-8k"])])
+def test_evaluate_refuses_bad_input(capfd, run, options, words):
+    stored()
+    stored("short", samples=100)
+    capfd.readouterr()
+    refused(capfd, ["evaluate", *options], *words)
+
+
+def test_infer_is_what_reconstruct_gives(capfd, run):
+    events = stored()
+    cres(["infer", run, "a", "--out", "a.csv"])
+    assert "40 of 1 files" in capfd.readouterr().out
+    _, _, pipeline = load_run(run, "cpu")
+    assert np.allclose(read_table("a.csv").mean, reconstruct(pipeline, events).mean, atol=1e-2)
+    refused(capfd, ["infer", run, "a", "--out", "a.csv"], "a.csv", "overwrite")
+    cres(["infer", run, "a", "--out", "a.csv", "--overwrite"])
+
+
+def test_infer_tracks(capfd, run):
+    stored(n=4, samples=1024)
+    cres(["infer", run, "a", "--out", "t.csv", "--track", "--stride", "128"])
+    assert "4 of 1 files" in capfd.readouterr().out and os.path.getsize("t.png") > 5000
+    assert len(read_columns("t_windows.csv")["event"]) == 4 * 7 and len(read_columns("t.csv")["event"]) == 4
+
+
+@pytest.mark.parametrize(("options", "words"), [
+    (["nowhere", "a", "--out", "x.csv"], ["nowhere"]), (["run", "b*.h5", "--out", "x.csv"], ["b*.h5"]),
+    (["run", "a", "--out", "x.txt"], ["parquet"]), (["run", "a"], ["out"]),
+    (["run", "short", "--out", "x.csv"], ["short"]),
+    (["run", "a", "--out", "x.csv", "--stride", "5"], ["--track"]),
+    (["run", "a", "--out", "x.csv", "--batch_size", "0"], ["--batch_size"]),
+    (["run", "a", "--out", "x.csv", "--track", "--loss", "some"], ["--loss"]),
+    (["run", "a", "--out", "x.csv", "--track", "--window", "5000"], ["5000"]),
+    (["run", "a", "--out", "x.csv", "--noise", "cav"], ["cav"])])
+def test_infer_refuses_bad_input(capfd, run, options, words):
+    stored()
+    stored("short", samples=100)
+    capfd.readouterr()
+    refused(capfd, ["infer", *options], *words)
+
+
+def test_compare_refuses_what_was_not_evaluated(capfd, run):
+    refused(capfd, ["compare", run], "evaluate")
+    refused(capfd, ["compare", "nowhere"], "nowhere")

@@ -19,6 +19,10 @@ import numpy as np
 import torch
 import yaml
 from bench_deadlayer_speed import machine
+from torch import nn
+
+from deadlayer_cres.core import config_from_dict, read_json, write_json
+from deadlayer_cres.cres import train as training
 from deadlayer_cres.cres.evaluate import (
     Predictions,
     figures_of_merit,
@@ -28,10 +32,6 @@ from deadlayer_cres.cres.evaluate import (
     read_table,
     reconstruct,
 )
-from torch import nn
-
-from deadlayer_cres.core import config_from_dict, read_json, write_json
-from deadlayer_cres.cres import train as training
 from deadlayer_cres.cres.model import count_parameters
 from deadlayer_cres.cres.simulate import TEST_SETS, Simulator, test_set
 

@@ -1685,7 +1685,7 @@ def read_efficiency(
     try:
         with np.load(path, allow_pickle=False) as f:
             grid = {name: f[name] for name in names if name in f.files}
-    except (OSError, ValueError, EOFError, AttributeError, zipfile.BadZipFile, zlib.error) as e:
+    except (OSError, ValueError, EOFError, TypeError, zipfile.BadZipFile, zlib.error) as e:
         raise DataError("a grid of efficiencies (.npz)", f"{type(e).__name__}: {e}", path) from e
     if missing := [name for name in names if name not in grid]:
         raise DataError(f"the arrays {', '.join(names)}", f"no {missing[0]}", path)

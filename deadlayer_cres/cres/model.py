@@ -8,7 +8,7 @@ __all__ = ['ENCODERS', 'QUANTILES', 'HEADS', 'input_channels', 'Stem', 'ChannelN
            'S4DEncoder', 'LSTMLayer', 'LSTMEncoder', 'Oscillators', 'LinOSSLayer', 'LinOSSEncoder', 'SelfAttention',
            'ConformerEncoder', 'ConvBlock', 'CNNEncoder', 'Branch', 'GatedFusion', 'Concat', 'Denoiser', 'Prediction',
            'LossConfig', 'Head', 'MeanHead', 'GaussianHead', 'ordered_quantiles', 'QuantileHead', 'ModelConfig',
-           'in_physical_units', 'Reconstructor', 'start_branch', 'denoising_error', 'EventLoss']
+           'in_physical_units', 'Reconstructor', 'count_parameters', 'start_branch', 'denoising_error', 'EventLoss']
 
 # %% ../../nbs/cres/25_model.ipynb #d79e8bcf
 import math
@@ -105,7 +105,7 @@ def add_positions(
 
 # %% ../../nbs/cres/25_model.ipynb #13724cd4
 ENCODERS: dict[str, type] = {}
-"Kinds of encoders: a name, and a class made of (config, channels) that maps an input to a sequence (n, d_model, L')."
+"Kinds of encoders: a name, and a class made of (config, channels), whose `forward` maps an input to (n, d_model, L')."
 
 @dataclass
 class S4DSettings:
@@ -247,13 +247,20 @@ class LSTMLayer(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.lstm = nn.LSTM(width, width // 2, batch_first=True, bidirectional=True)
+        half = width // 2
+        self.lstm = nn.LSTM(width, half, batch_first=True, bidirectional=True)
+        with torch.no_grad():
+            for bias in (self.lstm.bias_ih_l0, self.lstm.bias_ih_l0_reverse):
+                bias[half:2 * half] = (1 + 999 * torch.rand(half)).log()  # forget
+                bias[:half] = -bias[half:2 * half]  # write
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
         return self.lstm(x.transpose(1, 2))[0].transpose(1, 2)
 
 class LSTMEncoder(SequenceEncoder):
-    "Bidirectional LSTM layers."
+    "Bidirectional LSTM layers over positions marked by sinusoids."
+
+    positions = True
 
     def layer(self) -> nn.Module:
         return LSTMLayer(self.config.d_model)
@@ -353,8 +360,8 @@ class SelfAttention(nn.Module):
         self.qkv, self.out = nn.Conv1d(width, 3 * width, 1, bias=False), nn.Conv1d(width, width, 1)
 
     def forward(self, x: torch.Tensor) -> torch.Tensor:
-        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).unbind(1)  # (n, heads, L, width / heads)
-        y = F.scaled_dot_product_attention(q, k, v)
+        q, k, v = self.qkv(x).unflatten(1, (3, self.heads, -1)).transpose(-1, -2).contiguous().unbind(1)
+        y = F.scaled_dot_product_attention(q, k, v)  # (n, heads, L, width / heads)
         return self.out(y.transpose(-1, -2).flatten(1, 2))
 
 class ConformerEncoder(SequenceEncoder):
@@ -546,8 +553,7 @@ class Head(nn.Module):
         "The prediction in scaled units."
         raise NotImplementedError
 
-HEADS: dict[str, type[Head]] = {}
-"Kinds of heads: a name, and a class made of (width, targets, hidden)."
+HEADS: dict[str, type[Head]] = {}  # kinds of heads: a name, and a class made of (width, targets, hidden)
 
 # %% ../../nbs/cres/25_model.ipynb #d2ce9d53
 class MeanHead(Head):
@@ -693,7 +699,7 @@ class Reconstructor(nn.Module):
             raise ConfigError("at least one target", "none", row="targets")
         self.denoiser = Denoiser(config.denoiser, channels[0]) if config.task != "regress" else None
         self.branches = nn.ModuleList(Branch(e, c, not head.per_position)
-                                      for e, c in zip(encoders, channels, strict=bool(encoders)))
+                                      for e, c in zip(encoders, channels, strict=False))
         widths = [b.width for b in self.branches]
         gated = config.fusion == "gated" and len(widths) == 2
         self.fusion = GatedFusion(*widths) if gated else Concat()
@@ -726,6 +732,11 @@ class Reconstructor(nn.Module):
             self.get_submodule(name).eval()
         return self
 
+# %% ../../nbs/cres/25_model.ipynb #a8e742f5
+def count_parameters(module: nn.Module) -> int:
+    "Number of trainable parameters."
+    return sum(p.numel() for p in module.parameters() if p.requires_grad)
+
 # %% ../../nbs/cres/25_model.ipynb #c8b0edef
 def start_branch(
     net: Reconstructor,
@@ -737,12 +748,15 @@ def start_branch(
     source, name = ("denoiser", "denoiser") if part == "denoiser" else ("branches.0", f"branches.{part}")
     weights = {k.removeprefix("net.").removeprefix(source + "."): v for k, v in state_dict.items()
                if k.removeprefix("net.").startswith(source + ".")}
-    try:
-        target = net.get_submodule(name)
-        target.load_state_dict(weights)
-    except (AttributeError, RuntimeError) as e:
-        raise ConfigError(f"weights of the same architecture for {name}", " ".join(str(e).split()), row="start_from",
-                          remedy="give the branch the settings of the run that it starts from") from e
+    target = dict(net.named_modules()).get(name, nn.Module())
+    shapes, given = ({k: tuple(v.shape) for k, v in w.items()} for w in (target.state_dict(), weights))
+    wrong = sorted(k for k in shapes.keys() | given.keys() if shapes.get(k) != given.get(k))
+    if wrong or not shapes:
+        k = wrong[0] if wrong else "weights"
+        raise ConfigError(f"weights of the architecture of {name}, {k} {shapes.get(k, 'absent')}",
+                          f"{given.get(k, 'absent')}", row="start_from",
+                          remedy="give this part of the network the settings of the run that it starts from")
+    target.load_state_dict(weights)
     if freeze:
         target.requires_grad_(False).eval()
         net.frozen.add(name)

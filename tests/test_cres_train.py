@@ -1,12 +1,14 @@
 """deadlayer_cres.cres.train: every promise of the page, killed trainings, and two processes that train as one."""
 
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import sys
 import time
 from dataclasses import replace
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -528,18 +530,22 @@ def parallel_config(kind, store):
                   fit={"epochs": 3, "accumulate": 2, "grad_clip": 0.5, "early_stopping": 2})
 
 
-def launch(command) -> list[subprocess.Popen]:
-    "Start `command` in two processes, as a launcher does."
+def launch(*command) -> list[subprocess.Popen]:
+    "Start a Python program in two processes, by Hugging Face's launcher where it is installed."
     with socket.socket() as s:
         s.bind(("127.0.0.1", 0))
-        port = s.getsockname()[1]
-    env = os.environ | {"WORLD_SIZE": "2", "LOCAL_WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port)}
-    return [subprocess.Popen(command, env=env | {"RANK": r, "LOCAL_RANK": r}, stderr=subprocess.PIPE, text=True)
-            for r in ("0", "1")]
+        port = str(s.getsockname()[1])
+    if find_spec("accelerate"):
+        launcher = "-m accelerate.commands.launch --multi_gpu --num_processes 2 --num_machines 1 " \
+                   f"--mixed_precision no --dynamo_backend no --main_process_port {port}"
+        return [subprocess.Popen([sys.executable, *launcher.split(), *command], stderr=subprocess.PIPE, text=True)]
+    env = os.environ | {"WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+    return [subprocess.Popen([sys.executable, *command], env=env | {"RANK": r, "LOCAL_RANK": r},
+                             stderr=subprocess.PIPE, text=True) for r in ("0", "1")]
 
 
 def test_two_processes_train_as_one(tmp_path, store):
-    children = launch([sys.executable, __file__, str(tmp_path), store])
+    children = launch(__file__, str(tmp_path), store)
     one = {kind: go(parallel_config(kind, store), tmp_path / f"one-{kind}") for kind in ("stream", "files")}
     for child in children:
         error = child.communicate(timeout=120)[1]
@@ -554,6 +560,31 @@ def test_two_processes_train_as_one(tmp_path, store):
             if k.startswith("model.") and a[k].is_floating_point():
                 assert torch.allclose(a[k], b[k], rtol=1e-3, atol=1e-4), k
     assert not list((tmp_path / "two-stream").glob("*.part"))
+
+
+@pytest.mark.skipif(not shutil.which("bash"), reason="needs bash")
+def test_slurm_template(tmp_path):
+    show = "printf '%s\\n' \"$@\""
+    stubs = {"scontrol": "echo first; echo second", "srun": 'shift; SLURM_NODEID=1 exec "$@"', "accelerate": show}
+    for name, text in stubs.items():
+        (tmp_path / name).write_text(f"#!/bin/sh\n{text}\n")
+        (tmp_path / name).chmod(0o755)
+    env = {"PATH": f"{tmp_path}:{os.environ['PATH']}", "SLURM_JOB_ID": "7", "SLURM_NNODES": "2",
+           "SLURM_GPUS_ON_NODE": "4", "SLURM_JOB_NODELIST": "a[1-2]"}
+    template = str(CONFIGS.parent / "howto/slurm/train.sbatch")
+
+    def submit(*options):
+        done = subprocess.run(["bash", template, *options], env=env, capture_output=True, text=True)
+        return done.returncode, done.stdout.splitlines()
+
+    code, words = submit("c.yaml", "runs/a b", "--data.files", "[a, b]")
+    assert code == 0 and words[words.index("--no_python"):] == [
+        "--no_python", "cres", "train", "-c", "c.yaml", "--run", "runs/a b", "--data.files", "[a, b]"]
+    for name, value in (("--num_processes", "8"), ("--machine_rank", "1"), ("--main_process_ip", "first")):
+        assert words[words.index(name) + 1] == value
+    (tmp_path / "old").mkdir()
+    (tmp_path / "old/config.yaml").touch()
+    assert submit("c.yaml", str(tmp_path / "old"))[1][-1] == "--resume" and submit("c.yaml")[0] == 2
 
 
 if __name__ == "__main__":

@@ -213,7 +213,8 @@ def test_epoch_is_told():
 
 @pytest.mark.parametrize("field, value", [
     ("epochs", 0), ("epochs", 1.5), ("epochs", None), ("lr", 0), ("lr", "fast"), ("lr", float("nan")), ("warmup", 1.0),
-    ("schedule", "linear"), ("warmup_steps", 0), ("decay", 0), ("decay", 1.1), ("weight_decay", -1), ("beta1", 1), ("beta2", -0.1), ("eps", 0),
+    ("schedule", "linear"), ("warmup_steps", 0),
+    ("decay", 0), ("decay", 1.1), ("weight_decay", -1), ("beta1", 1), ("beta2", -0.1), ("eps", 0),
     ("grad_clip", 0), ("precision", "half"), ("early_stopping", 0), ("monitor", ""), ("monitor_mode", "low"),
     ("plateau_patience", 0), ("plateau_factor", 1), ("seed", -1), ("progress", 1), ("accumulate", True)])
 def test_config_is_checked(field, value):

@@ -4,11 +4,12 @@
 
 # %% auto #0
 __all__ = ['FORMAT_VERSION', 'prepare', 'Pipeline', 'BatchSteps', 'Batches', 'as_dataloaders', 'TrainConfig', 'param_groups',
-           'lr_factor', 'world_size', 'rank', 'barrier', 'processes', 'share', 'all_rows', 'Distributed', 'SeedEpoch',
-           'Accumulate', 'Schedule', 'Tracker', 'EpochLoss', 'ResetLoss', 'AutocastBF16', 'ShowProgress', 'History',
-           'build_learner', 'predict', 'Run', 'Checkpoint', 'Replay', 'fit']
+           'lr_factor', 'world_size', 'rank', 'barrier', 'in_first', 'join_processes', 'share', 'all_rows',
+           'Distributed', 'SeedEpoch', 'Accumulate', 'Schedule', 'Tracker', 'EpochLoss', 'ResetLoss', 'AutocastBF16',
+           'ShowProgress', 'History', 'build_learner', 'predict', 'Run', 'Checkpoint', 'Replay', 'fit']
 
 # %% ../nbs/01_train.ipynb #2d099357
+import atexit
 import contextlib
 import csv
 import io
@@ -43,6 +44,7 @@ from torch import nn
 from deadlayer_cres.core import (
     ConfigError,
     DataError,
+    InputError,
     RunError,
     atomic_path,
     default_device,
@@ -293,21 +295,29 @@ def barrier() -> None:
     if world_size() > 1:
         dist.barrier()
 
-@contextlib.contextmanager
-def processes(device: str | torch.device | None = None) -> Iterator[torch.device]:
-    "Join the processes that a launcher has started, if any; yields the device of this one."
+def in_first(work: Callable[[], object]) -> None:
+    "Do `work` in process 0, while the others wait; what a user can mend in it is raised in all of them."
+    error = [None]
+    if rank() == 0:
+        try:
+            work()
+        except InputError as e:
+            error = [e]
+    if world_size() > 1:
+        dist.broadcast_object_list(error)
+    if error[0] is not None:
+        raise error[0]
+
+def join_processes(device: str | torch.device | None = None) -> torch.device:
+    "Join the processes that a launcher has started, if any, until the program ends; the device of this one."
     device, several = torch.device(device or default_device()), int(os.environ.get("WORLD_SIZE", "1")) > 1
     if several and device.type == "cuda":
         device = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(device)
-    join = several and not dist.is_initialized()
-    if join:
+    if several and not dist.is_initialized():
         dist.init_process_group("nccl" if device.type == "cuda" else "gloo")
-    try:
-        yield device
-    finally:
-        if join:
-            dist.destroy_process_group()
+        atexit.register(dist.destroy_process_group)
+    return device
 
 # %% ../nbs/01_train.ipynb #3f46db9f
 def share(n: int) -> slice:

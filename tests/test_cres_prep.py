@@ -22,6 +22,7 @@ from deadlayer_cres.cres.prep import (
     BandPass,
     LogPower,
     MixDecimate,
+    ParallelPrep,
     Prep,
     PrepConfig,
     QTransform,
@@ -703,3 +704,24 @@ def test_on_the_gpu_all_is_the_same(noise):
         found = prep.cuda()(noise[:5].cuda(), index)
         assert found.is_cuda and torch.allclose(found.cpu(), want, atol=1e-4), options
         assert build_prep(config, N).cuda().fit(noise[:50])(noise[:5].cuda()).is_cuda
+
+
+@pytest.mark.parametrize("kind", ["white", "coloured"])
+def test_two_branches_share_the_noise(noise, kind):
+    first = PrepConfig(noise=kind, representation="time", sigma_V=0.02)
+    second = PrepConfig(noise=kind, sigma_V=0.02)
+    clean, index = tone(*[-60e6] * 9).float(), torch.arange(9)
+    recorded = 0.02 * torch.randn(8, 2, 4 * N, generator=torch.Generator().manual_seed(1))
+    both = ParallelPrep(build_prep(first, N), build_prep(second, N)).fit(clean, recorded).eval()
+    alone = [build_prep(c, N).fit(clean, recorded).eval() for c in (first, second)]
+    assert all(torch.equal(x, p(clean, index)) for x, p in zip(both(clean, index), alone, strict=True))
+    measured = both.noise(clean, index)
+    assert all(torch.equal(a, b) for a, b in zip(both.without_noise()(measured), both(clean, index), strict=True))
+    wave, spectrum = (to_complex(x) for x in both.train()(clean))
+    z = torch.fft.fftshift(torch.fft.fft(wave, norm="ortho"), dim=1)
+    assert all(abs(torch.vdot(a, b)) > 0.999 * a.norm() * b.norm() for a, b in zip(z, spectrum, strict=True))
+    other = ParallelPrep(build_prep(first, N), build_prep(second, N))
+    other.load_state_dict(both.state_dict())
+    assert torch.equal(other.eval()(clean, index)[1], alone[1](clean, index))
+    with pytest.raises(NotFittedError):
+        ParallelPrep(build_prep(first, N), build_prep(second, N))(clean, index)

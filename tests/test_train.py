@@ -213,7 +213,8 @@ def test_epoch_is_told():
 
 @pytest.mark.parametrize("field, value", [
     ("epochs", 0), ("epochs", 1.5), ("epochs", None), ("lr", 0), ("lr", "fast"), ("lr", float("nan")), ("warmup", 1.0),
-    ("schedule", "linear"), ("warmup_steps", 0), ("weight_decay", -1), ("beta1", 1), ("beta2", -0.1), ("eps", 0),
+    ("schedule", "linear"), ("warmup_steps", 0),
+    ("decay", 0), ("decay", 1.1), ("weight_decay", -1), ("beta1", 1), ("beta2", -0.1), ("eps", 0),
     ("grad_clip", 0), ("precision", "half"), ("early_stopping", 0), ("monitor", ""), ("monitor_mode", "low"),
     ("plateau_patience", 0), ("plateau_factor", 1), ("seed", -1), ("progress", 1), ("accumulate", True)])
 def test_config_is_checked(field, value):
@@ -275,6 +276,14 @@ def test_schedules_against_formulas():
     assert lr_factor(config(schedule="plateau", plateau_factor=0.5), 9, 10, reductions=3) == 0.125
     assert lr_factor(config(schedule="constant"), 9, 10, reductions=3) == 1
     assert lr_factor(config(schedule="cosine", warmup=0), 0, 10) == 1
+    exp = config(schedule="exponential", decay=0.75, epochs=5)
+    optimiser = torch.optim.SGD([nn.Parameter(torch.zeros(1))], lr=1.0)
+    theirs = torch.optim.lr_scheduler.ExponentialLR(optimiser, 0.75)
+    for step in range(5 * 7):
+        assert lr_factor(exp, step, 5 * 7) == pytest.approx(theirs.get_last_lr()[0])
+        if step % 7 == 6:
+            optimiser.step()
+            theirs.step()
 
 
 def test_plateau_lowers_the_rate():

@@ -17,7 +17,7 @@ __all__ = ['FWHM', 'TAIL', 'REPEATS', 'Statistic', 'PERCENT', 'ONE_SIGMA', 'TWO_
            'limit_text', 'doubts', 'print_rows', 'print_table', 'report', 'report_sections', 'part_events',
            'check_events', 'evaluate', 'denoise_events', 'read_metrics', 'comparison_rows']
 
-# %% ../../nbs/cres/26_evaluate.ipynb #cfbbb160
+# %% ../../nbs/cres/26_evaluate.ipynb #1c7967b5
 import contextlib
 import csv
 import math
@@ -59,7 +59,7 @@ from .simulate import Simulator
 from .trap import energy_from_frequency
 from ..plots import COLOURS, Section, Table, figure
 
-# %% ../../nbs/cres/26_evaluate.ipynb #16ac79db
+# %% ../../nbs/cres/26_evaluate.ipynb #c501c836
 @dataclass(eq=False, repr=False)
 class Predictions:
     """What was predicted for n events. Indexing with a slice, mask or index array gives `Predictions` again.
@@ -97,7 +97,7 @@ class Predictions:
 
 _PER_EVENT = ("mean", "sigma", "quantiles", "weight", "modes", "widths")
 
-# %% ../../nbs/cres/26_evaluate.ipynb #fbd018aa
+# %% ../../nbs/cres/26_evaluate.ipynb #334304d6
 def _check_predictions(p: Predictions) -> None:
     "Raise a `DataError` unless all arrays of `p` belong to the same events and targets."
     n, t = len(p.mean), len(p.targets)
@@ -134,7 +134,7 @@ def residual(
                         remedy="leave such events out; if all are NaN, the training has diverged")
     return r
 
-# %% ../../nbs/cres/26_evaluate.ipynb #cccbda68
+# %% ../../nbs/cres/26_evaluate.ipynb #e29ad030
 def _arrow():
     "The package pyarrow; a `ConfigError` if it is not installed."
     try:
@@ -163,7 +163,7 @@ def table_writer(
                 write({k: np.asarray(v) for k, v in columns.items()})
         yield append
 
-# %% ../../nbs/cres/26_evaluate.ipynb #01514318
+# %% ../../nbs/cres/26_evaluate.ipynb #db4442a8
 @contextlib.contextmanager
 def _csv_writer(part: Path) -> Iterator[Callable]:
     with open(part, "w", newline="", encoding="utf-8") as f:
@@ -190,7 +190,7 @@ def _parquet_writer(part: Path) -> Iterator[Callable]:
             opened[0].write_table(table)
         yield write
 
-# %% ../../nbs/cres/26_evaluate.ipynb #602685ee
+# %% ../../nbs/cres/26_evaluate.ipynb #4e5fc806
 def read_columns(
     path: str | os.PathLike,  # ends in .csv or .parquet
 ) -> dict[str, np.ndarray]:  # name -> (n,) float64, or text where not all are numbers
@@ -221,7 +221,7 @@ def _numbers(values: Sequence) -> np.ndarray:
     except ValueError:
         return np.array(values)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #be32ed3d
+# %% ../../nbs/cres/26_evaluate.ipynb #d9e1a9f5
 def derived_name(name: str, mark: str) -> str:
     "Name of a column that belongs to `name`, with the unit last: energy_eV, sigma -> energy_sigma_eV."
     base, joint, unit = name.rpartition("_")
@@ -245,7 +245,7 @@ def write_table(path: str | os.PathLike, p: Predictions) -> None:
     with table_writer(path) as write:
         write(table_columns(p))
 
-# %% ../../nbs/cres/26_evaluate.ipynb #947279e1
+# %% ../../nbs/cres/26_evaluate.ipynb #0d573282
 def read_table(
     path: str | os.PathLike,  # as `write_table`, or inference, writes it
 ) -> Predictions:
@@ -272,7 +272,7 @@ def read_table(
     return Predictions(targets, of[0][:, :, 0], of[0][:, :, 1], truth, rest, of[0][:, :, 2:] if levels else None,
                        levels or QUANTILES, weight, *of[1:])
 
-# %% ../../nbs/cres/26_evaluate.ipynb #b82b5d8c
+# %% ../../nbs/cres/26_evaluate.ipynb #a6fa6728
 def noise_level_V(
     ts: Tensor,  # (n, 2, samples) in V
 ) -> Tensor:  # (n,) standard deviation of white noise in each quadrature
@@ -302,7 +302,7 @@ def observe(
     found = {"total_power": power.sum(1) - len(bins), "max_power": power.amax(1), "peak_frequency_Hz": frequency}
     return {k: v.cpu().numpy() for k, v in found.items()}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #549dd8df
+# %% ../../nbs/cres/26_evaluate.ipynb #0f26cc17
 def noise_step(pipeline) -> AddNoise | AddColouredNoise | None:
     "The step of a pipeline that adds noise, if there is one."
     return next((m for m in pipeline.prep.modules() if isinstance(m, AddNoise | AddColouredNoise)), None)
@@ -321,7 +321,7 @@ def needs_noise(
 def _device(module) -> torch.device:
     return next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
 
-# %% ../../nbs/cres/26_evaluate.ipynb #30c17523
+# %% ../../nbs/cres/26_evaluate.ipynb #df60180d
 def event_blocks(
     events: Events | EventStore,
     size: int,  # events in a block
@@ -338,7 +338,7 @@ def event_blocks(
         ts = part.ts if noise is None else part.ts + part.noise[noise]
         yield replace(part, ts=ts[:, :, :samples], noise={})
 
-# %% ../../nbs/cres/26_evaluate.ipynb #efe06969
+# %% ../../nbs/cres/26_evaluate.ipynb #63d5a35d
 @torch.no_grad()
 def reconstruct(
     pipeline,  # trained `Pipeline` of prep and network
@@ -371,7 +371,7 @@ def reconstruct(
                                      observe(ts, events.sampling_rate_Hz, events.lo_frequency_Hz)))
     return join(parts)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #3438753c
+# %% ../../nbs/cres/26_evaluate.ipynb #457ce808
 def _as_predictions(net, raw, truth: dict, observables: dict) -> Predictions:
     "One batch of raw outputs as `Predictions`."
     if net.config.task == "denoise":
@@ -393,7 +393,7 @@ def join(
         both[name] = {k: np.concatenate([getattr(p, name)[k] for p in parts]) for k in common}
     return replace(first, **both)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #4789cbab
+# %% ../../nbs/cres/26_evaluate.ipynb #c73c3a20
 def core_fit(
     residuals: np.ndarray,  # (n,)
     weights: np.ndarray | None = None,  # (n,)
@@ -428,7 +428,7 @@ def _iterate_core(x: np.ndarray, w: np.ndarray, mean: float, sigma: float, steps
         sigma = max(math.sqrt(2 * (k @ (x - mean) ** 2) / total), least)
     return mean, sigma
 
-# %% ../../nbs/cres/26_evaluate.ipynb #a97652ab
+# %% ../../nbs/cres/26_evaluate.ipynb #d6b88346
 FWHM = math.sqrt(8 * math.log(2))
 _SMOOTH, _STEP, _REACH = 0.3, 0.05, 8.0  # smoothing, bin and reach of the density of the core, in core sigmas
 
@@ -445,7 +445,7 @@ def half_maximum_width(
         ends.append(i - (half - side[i]) / (side[i - 1] - side[i]) if below.size else i)
     return math.sqrt(max((sum(ends) * _STEP) ** 2 - (FWHM * _SMOOTH) ** 2, 0.0))
 
-# %% ../../nbs/cres/26_evaluate.ipynb #7d9fb20a
+# %% ../../nbs/cres/26_evaluate.ipynb #e851bc5b
 TAIL = {"energy_eV": 3.0, "pitch_angle_deg": 0.03}
 "Residuals above this are in the tails."
 REPEATS = 200
@@ -468,7 +468,7 @@ def with_errors(
     errors = {k: np.std([d[k] for d in draws], ddof=1) if len(draws) > 1 else math.nan for k in statistic(weights)}
     return {k: {"value": float(v), "error": float(errors[k])} for k, v in statistic(weights).items()}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #a0ddad5e
+# %% ../../nbs/cres/26_evaluate.ipynb #a394f9bf
 def residual_statistic(
     r: np.ndarray,  # (n,) residuals
     tail: float | None = None,  # what is larger is in the tails; None: nothing is said of tails
@@ -493,7 +493,7 @@ def residual_statistic(
         return found if tail is not None else {k: v for k, v in found.items() if k != "tail_fraction"}
     return statistic
 
-# %% ../../nbs/cres/26_evaluate.ipynb #a41ca25f
+# %% ../../nbs/cres/26_evaluate.ipynb #5e96821d
 PERCENT = (10, 25, 50, 75, 100)
 ONE_SIGMA, TWO_SIGMA = (math.erf(k / math.sqrt(2)) for k in (1, 2))
 
@@ -521,7 +521,7 @@ def calibration_statistic(r: np.ndarray, sigma: np.ndarray) -> Statistic:
                 "z_rms": math.sqrt(w @ z**2 / total)}
     return statistic
 
-# %% ../../nbs/cres/26_evaluate.ipynb #b997368d
+# %% ../../nbs/cres/26_evaluate.ipynb #b86f9b06
 NARROW = {"energy_eV": 1.0, "pitch_angle_deg": 0.01}
 "A posterior with a smaller standard deviation is narrow."
 
@@ -553,7 +553,7 @@ def _weighted_median(x: np.ndarray, w: np.ndarray) -> float:
     running = np.cumsum(w[order])
     return float(x[order[np.searchsorted(running, running[-1] / 2)]])
 
-# %% ../../nbs/cres/26_evaluate.ipynb #4b92ad49
+# %% ../../nbs/cres/26_evaluate.ipynb #d067e234
 def efficiency_weights(
     p: Predictions,
     efficiency: Callable | None,  # of energy_eV, pitch_angle_deg and radius_m, as `cres.data.read_efficiency` gives
@@ -595,7 +595,7 @@ def figures_of_merit(
         raise DataError("events with a known truth", "none", row="truth")
     return found
 
-# %% ../../nbs/cres/26_evaluate.ipynb #0ee55910
+# %% ../../nbs/cres/26_evaluate.ipynb #a35fe560
 def mean_baseline(
     train: Predictions,  # training events with their truth
     test: Predictions,  # events to predict
@@ -619,7 +619,7 @@ def peak_baseline(
     sigma = np.full((len(test), 1), off.std())
     return Predictions(("energy_eV",), (end + off.mean())[:, None], sigma, test.truth, test.observables)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #d0935212
+# %% ../../nbs/cres/26_evaluate.ipynb #4688733b
 def fit_temperature(
     p: Predictions,  # validation events, with unscaled sigmas
 ) -> np.ndarray:  # (T,) factors; 1 for a target without sigma or truth
@@ -638,7 +638,7 @@ def scale_sigma(p: Predictions, factors: np.ndarray) -> Predictions:
     widths = None if p.widths is None else p.widths * factors
     return replace(p, sigma=p.sigma * factors, quantiles=about(p.quantiles, p.mean[:, :, None]), widths=widths)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #668b61f5
+# %% ../../nbs/cres/26_evaluate.ipynb #9929207e
 @dataclass
 class Isotonic:
     "A table of z-scores and the fraction of truths below them, for each target."
@@ -671,7 +671,7 @@ class Isotonic:
         k = self.targets.index(target)
         return np.interp(level, self.level[k], self.z[k])
 
-# %% ../../nbs/cres/26_evaluate.ipynb #a9868324
+# %% ../../nbs/cres/26_evaluate.ipynb #5f3a1401
 def apply_isotonic(
     table: Isotonic,
     p: Predictions,  # with the sigmas that the table was fitted to
@@ -702,7 +702,7 @@ def band_coverage(
                      "error": math.sqrt(c * (1 - c) / len(y) + 0.25 / len(y) ** 2)})
     return rows
 
-# %% ../../nbs/cres/26_evaluate.ipynb #8e5cac0f
+# %% ../../nbs/cres/26_evaluate.ipynb #4b4f34c6
 CALIBRATION = "calibration.json"
 
 def _coverages(p: Predictions) -> dict:
@@ -744,7 +744,7 @@ def read_calibration(
     path = Path(folder) / CALIBRATION
     return read_json(path) if path.exists() else None
 
-# %% ../../nbs/cres/26_evaluate.ipynb #eea6ec51
+# %% ../../nbs/cres/26_evaluate.ipynb #a7f35072
 AXES = {  # label -> what to write, unit, factor to that unit
     "energy_eV": ("energy", "eV", 1.0), "pitch_angle_deg": ("pitch angle", "deg", 1.0),
     "avg_carrier_frequency_Hz": ("mean carrier", "GHz", 1e-9),
@@ -776,7 +776,7 @@ def variables(p: Predictions) -> dict[str, np.ndarray]:  # name -> (n,)
 _AGAINST = ("energy_eV", "pitch_angle_deg", "avg_carrier_frequency_Hz", "avg_axial_frequency_Hz", "radius_m",
             "start_time_s", "track_length_s", "total_power", "max_power")
 
-# %% ../../nbs/cres/26_evaluate.ipynb #7d86a423
+# %% ../../nbs/cres/26_evaluate.ipynb #43d0e8b3
 @contextlib.contextmanager
 def _panels(n: int, width: float = 2.6, height: float = 2.3, columns: int = 4, **options):
     "A figure with `n` panels in rows of up to `columns`, and the list of its axes."
@@ -800,7 +800,7 @@ def _reach(r: np.ndarray, part: float = 0.99) -> float:
     "Limit of an axis of residuals that holds `part` of them."
     return float(np.quantile(np.abs(r), part)) * 1.05 or 1.0
 
-# %% ../../nbs/cres/26_evaluate.ipynb #c1971029
+# %% ../../nbs/cres/26_evaluate.ipynb #72c5cfae
 def plot_distributions(p: Predictions) -> Figure:
     "Distributions of the true labels and of the observables."
     shown = varied({**p.truth, **p.observables})
@@ -822,7 +822,7 @@ def plot_truth(p: Predictions) -> Figure:
             fig.colorbar(drawn, ax=ax, label="events")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #6d47d4d5
+# %% ../../nbs/cres/26_evaluate.ipynb #4ad7672d
 def plot_residuals(p: Predictions) -> Figure:
     "Residuals of each target: the core with its fit, and all of them."
     known = [k for k in p.targets if k in p.truth]
@@ -848,7 +848,7 @@ def plot_residuals(p: Predictions) -> Figure:
             row[1].set(yscale="log", ylim=(0.5, 2 * len(r)), title=f"RMS {tables['rms']:.3g}, {len(r):,} events")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #53187838
+# %% ../../nbs/cres/26_evaluate.ipynb #01eab716
 GOAL_EV = 0.3
 "The aim for the energy resolution, one standard deviation."
 
@@ -892,7 +892,7 @@ def plot_width_against_count(p: Predictions) -> Figure:
             ax.xaxis.label.set_size(8)
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #740ddbb6
+# %% ../../nbs/cres/26_evaluate.ipynb #98be6192
 def plot_all_against_all(p: Predictions) -> Figure:
     "Residual of every target against every true label and observable."
     shown, known = variables(p), [k for k in p.targets if k in p.truth]
@@ -919,7 +919,7 @@ def plot_power(p: Predictions) -> Figure:
                 ax.set(xlabel=axis_label(name), ylabel="energy residual [eV]")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #7999d434
+# %% ../../nbs/cres/26_evaluate.ipynb #337cbbca
 def plot_frequencies(
     p: Predictions,
     largest_eV: float = 20.0,  # end of the colour scale
@@ -958,7 +958,7 @@ def plot_reconstructed(p: Predictions) -> Figure:
         axes[0, 0].legend(loc="upper left", ncols=2)
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #9b411a1b
+# %% ../../nbs/cres/26_evaluate.ipynb #a204bf0a
 def by_track_length(
     p: Predictions,  # with the label `track_length_s`
     groups: int = 5,  # of equal numbers of events
@@ -988,7 +988,7 @@ def plot_length(
         ax.legend()
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #65aee7e8
+# %% ../../nbs/cres/26_evaluate.ipynb #4c6b1816
 def plot_calibration(
     p: Predictions,
     others: Mapping[str, Predictions] | None = None,  # the same events calibrated otherwise, for the curve of coverage
@@ -1001,9 +1001,9 @@ def plot_calibration(
         for row, name in zip(axes, known, strict=True):
             r, sigma = residual(p, name), p.sigma[:, _target(p, name)]
             _draw_spread(row[0], r, sigma, name)
-            for label, q in {"as predicted": p, **(others or {})}.items():
+            for style, (label, q) in zip(("-", "--", "-."), {"as predicted": p, **(others or {})}.items(), strict=False):
                 z = np.sort(np.abs(residual(q, name)) / np.maximum(q.sigma[:, _target(q, name)], 1e-300))
-                row[1].plot(np.append(z, 4), np.append((np.arange(len(z)) + 1) / len(z), 1), label=label)
+                row[1].plot(np.append(z, 4), np.append((np.arange(len(z)) + 1) / len(z), 1), style, label=label)
             k = np.linspace(0, 4, 100)
             row[1].plot(k, 2 * ndtr(k) - 1, "k:", linewidth=1, label="nominal")
             row[1].set(xlabel="k", ylabel="fraction within k sigma", xlim=(0, 4), ylim=(0, 1.01),
@@ -1029,7 +1029,7 @@ def _draw_spread(ax, r: np.ndarray, sigma: np.ndarray, name: str, groups: int = 
     ax.xaxis.set_minor_formatter(NullFormatter())
     ax.legend()
 
-# %% ../../nbs/cres/26_evaluate.ipynb #b0c29dd7
+# %% ../../nbs/cres/26_evaluate.ipynb #4c51457e
 def plot_sigma_against(p: Predictions, bins: int = 20) -> Figure:
     "RMS of the predicted sigma, and of the residuals, in bins of every variable, for each target."
     known = [k for i, k in enumerate(p.targets) if k in p.truth and np.isfinite(p.sigma[:, i]).all()]
@@ -1068,7 +1068,7 @@ def plot_efficiency_curve(
         axes[0].legend()
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #3b0a6f94
+# %% ../../nbs/cres/26_evaluate.ipynb #232a3768
 def plot_denoising(
     noisy: np.ndarray, clean: np.ndarray, denoised: np.ndarray,  # (n, 2, samples) in V
     sampling_rate_Hz: float = SAMPLING_RATE_HZ,
@@ -1102,7 +1102,7 @@ def plot_denoising(
         axes[-1, 1].set(xlabel="mean square of the clean signal [mV²]", ylabel="noise removed, factor", yscale="log")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #55f90e4d
+# %% ../../nbs/cres/26_evaluate.ipynb #903caf1b
 COLUMNS_SHOWN = (("core_sigma", "core σ"), ("fwhm_half_maximum", "FWHM"), ("rms", "RMS"), ("tail_fraction", "tail fraction"),
                  ("median_abs", "median |residual|"), ("bias", "bias"))
 
@@ -1145,7 +1145,7 @@ def _merit_cells(row: Mapping, target: str) -> list[str]:
     scale = _table_unit(target)[1]
     return [_cell(row.get(key), 1.0 if key == "tail_fraction" else scale) for key, _ in COLUMNS_SHOWN]
 
-# %% ../../nbs/cres/26_evaluate.ipynb #74ae9b4f
+# %% ../../nbs/cres/26_evaluate.ipynb #7fd7d8af
 def calibration_rows(metrics: Mapping) -> tuple[list[str], list[list[str]]]:  # column titles, rows
     "Coverage of the network for each target."
     rows = [[target, *(_cell(metrics[target]["calibration"][k]) for k in ("coverage_1_sigma", "coverage_2_sigma", "z_rms"))]
@@ -1169,7 +1169,7 @@ def limit_text(metrics: Mapping) -> list[str]:
             f"{_cell(metrics[target]['limit']['narrow_ratio'])} times what the posterior allows."
             for target in judged(metrics) if "limit" in metrics[target]]
 
-# %% ../../nbs/cres/26_evaluate.ipynb #a1c490a0
+# %% ../../nbs/cres/26_evaluate.ipynb #ad4b4ac4
 def doubts(metrics: Mapping) -> list[str]:  # warnings; empty if all is as it should be
     "What a reader of these metrics should be warned about."
     said = []
@@ -1209,7 +1209,7 @@ def print_table(metrics: Mapping, console: Console | None = None) -> None:
     for text in limit_text(metrics):
         console.print(text, highlight=False)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #cc4c287e
+# %% ../../nbs/cres/26_evaluate.ipynb #03ebc703
 def _figures(p: Predictions, limit: Predictions | None, others: Mapping[str, Predictions]) -> dict[str, tuple[Figure, str]]:
     "All figures that these predictions allow: file name -> figure, what it shows."
     own = {"this network": p} | ({"posterior": limit} if limit is not None else {})
@@ -1238,7 +1238,7 @@ def _figures(p: Predictions, limit: Predictions | None, others: Mapping[str, Pre
               "width_against_count": "energy_eV" in p.targets}
     return {name: (make(), text) for name, (make, text) in makers.items() if wanted.get(name, True)}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #00cc68fe
+# %% ../../nbs/cres/26_evaluate.ipynb #3a8924ca
 def report(
     folder: str | os.PathLike,  # the run folder, or any other to write into
     p: Predictions,  # of test events
@@ -1272,7 +1272,7 @@ def report(
     write_json(folder / "metrics.json", metrics)
     return metrics
 
-# %% ../../nbs/cres/26_evaluate.ipynb #3f0eccc3
+# %% ../../nbs/cres/26_evaluate.ipynb #f1f92ad0
 def report_sections(metrics: Mapping, made: Mapping[str, tuple[Figure, str]], calibration: Mapping | None) -> list[Section]:
     "The sections of the report."
     def pick(*names):
@@ -1303,7 +1303,7 @@ def report_sections(metrics: Mapping, made: Mapping[str, tuple[Figure, str]], ca
                 figures=pick("history", "distributions")),
     ]
 
-# %% ../../nbs/cres/26_evaluate.ipynb #fd5f86a6
+# %% ../../nbs/cres/26_evaluate.ipynb #b83fa29a
 _FIRST = {"valid": 0, "test": 1_000_000_000}  # number of the first event, for its noise
 
 def part_events(
@@ -1339,7 +1339,7 @@ def check_events(
         raise DataError(f"at least {config.data.samples} samples, as in the training", str(events.samples), path,
                         remedy="use longer events, or a network trained for shorter ones")
 
-# %% ../../nbs/cres/26_evaluate.ipynb #e89029dc
+# %% ../../nbs/cres/26_evaluate.ipynb #c60a1a0a
 def evaluate(
     run,  # `deadlayer_cres.train.Run`
     config,  # its `cres.train.Config`
@@ -1391,7 +1391,7 @@ def _facts(run, config, pipeline, noise: str, calibrate: str) -> dict:
             "minutes of training": round(sum(r["seconds"] for r in rows) / 60, 1), "noise of the test": noise,
             "calibration": calibrate, "data checksum": run.environment.get("data_checksum")}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #110439ee
+# %% ../../nbs/cres/26_evaluate.ipynb #311b5abc
 @torch.no_grad()
 def denoise_events(
     pipeline,  # whose network denoises
@@ -1410,7 +1410,7 @@ def denoise_events(
     rate = 1 / float(quiet.time_s[1] - quiet.time_s[0])
     return *((x * factor).cpu().numpy() for x in (*series, out)), rate
 
-# %% ../../nbs/cres/26_evaluate.ipynb #f6ea1589
+# %% ../../nbs/cres/26_evaluate.ipynb #6cd61ace
 def read_metrics(
     folder: str | os.PathLike,  # a run folder
 ) -> dict:

@@ -9,7 +9,6 @@ __all__ = ['DataConfig', 'CurriculumConfig', 'StartConfig', 'Config', 'StreamBat
            'plot_training', 'Diagnostics', 'Track', 'train', 'load_run']
 
 # %% ../../nbs/cres/29_train.ipynb #1f236733
-import math
 import os
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -53,11 +52,11 @@ from deadlayer_cres.train import (
     TrainConfig,
     all_rows,
     as_dataloaders,
-    barrier,
     build_learner,
     fit,
+    in_first,
+    join_processes,
     prepare,
-    processes,
     rank,
     share,
     world_size,
@@ -247,8 +246,8 @@ def where_to_hold(
 
 # %% ../../nbs/cres/29_train.ipynb #dfe8b8e9
 def fitting_size(samples: int) -> int:
-    "How many events the batch steps are fitted on: about 16 million samples of each quadrature, 256 to 4096 events."
-    return min(max(2**24 // samples, 256), 4096)
+    "How many events the batch steps are fitted on: about 8 million samples of each quadrature, 128 to 1024 events."
+    return min(max(2**23 // samples, 128), 1024)
 
 class StreamSource:
     "Simulated events."
@@ -261,6 +260,7 @@ class StreamSource:
                                   str(getattr(config, name)), row=f"data.{name}")
         self.config, self.simulator = config, Simulator(config.simulate, device=device)
         self.samples, self.sampling_rate_Hz, self.lo_frequency_Hz = r.samples, r.sampling_rate_Hz, r.lo_frequency_Hz
+        self.batches("train", config.targets)  # raises if there are no such labels
 
     @property
     def checksum(self) -> str:
@@ -541,8 +541,9 @@ def plot_training(
                 ax.legend()
             if not names:
                 ax.text(0.5, 0.5, "not predicted", ha="center", transform=ax.transAxes)
-        axes[1].set_yscale("log")
-        axes[2].set_yscale("log")
+        for ax in axes[1:3]:
+            ax.set_yscale("log")
+            ax.yaxis.set_minor_formatter("")
         axes[3].axhline(0.6827, color="grey", linestyle=":")
         if len(residuals):
             reach = 5 * np.diff(np.quantile(residuals, _CENTRAL))[0] / 2 + 1e-12
@@ -557,7 +558,7 @@ class Diagnostics(Callback):
     order, pause_s = 61, 10.0
 
     def __init__(self, run: Run):
-        self.to, self.drawn = run, -math.inf
+        self.to, self.drawn = run, time.monotonic()
 
     def after_epoch(self):
         rows = self.learn.history.rows
@@ -646,11 +647,12 @@ def _learner(config: Config, pipeline: Pipeline, source, device: torch.device, c
 
 def _open_or_create(config: Config, path, data_checksum: str, resume: bool, overwrite: bool) -> Run:
     "The run folder to train in, checked against config and data when it is an old one; process 0 makes it."
-    if rank() == 0:
+    def work():
         if not resume:
             Run.create(path, config, data_checksum, overwrite=overwrite)
         Run.open(path, trained=False).check_same(config, data_checksum)
-    barrier()
+
+    in_first(work)
     return Run(path)
 
 # %% ../../nbs/cres/29_train.ipynb #a2e83ded
@@ -667,21 +669,21 @@ def train(
     Started by `accelerate launch` or `torchrun` in several processes, it trains in all of them as one.
     Raises `ConfigError`, `DataError` or `RunError` before anything is written.
     """
-    with processes(device) as device:
-        for kind in config.trackers:
-            _tracker(kind)
-        source = open_source(config, device)
-        config = _resolved(config, source)
-        pipeline = build_pipeline(config, source.samples, source.sampling_rate_Hz).to(device)
-        fit_statistics(pipeline, source)
-        start_from(pipeline, config)
-        learn = _learner(config, pipeline, source, device, cbs)
-        run = _open_or_create(config, path, source.checksum, resume, overwrite)
-        done = len((run.checkpoint_state() or {"history": []})["history"])
-        if rank() == 0:
-            learn.add_cbs([Diagnostics(run), *(Track(kind, run, done) for kind in config.trackers)])
-        fit(learn, run, resume=resume)
-        return run
+    device = join_processes(device)
+    for kind in config.trackers:
+        _tracker(kind)
+    source = open_source(config, device)
+    config = _resolved(config, source)
+    pipeline = build_pipeline(config, source.samples, source.sampling_rate_Hz).to(device)
+    fit_statistics(pipeline, source)
+    start_from(pipeline, config)
+    learn = _learner(config, pipeline, source, device, cbs)
+    run = _open_or_create(config, path, source.checksum, resume, overwrite)
+    done = len((run.checkpoint_state() or {"history": []})["history"])
+    if rank() == 0:
+        learn.add_cbs([Diagnostics(run), *(Track(kind, run, done) for kind in config.trackers)])
+    fit(learn, run, resume=resume)
+    return run
 
 # %% ../../nbs/cres/29_train.ipynb #3adde985
 def load_run(

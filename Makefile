@@ -14,8 +14,9 @@ help: ## list the targets
 $(READY): settings.ini setup.py pyproject.toml constraints.txt .ci/install
 	@.ci/install
 
-demo: $(READY) ## a small run from simulated spectra to an answer with its uncertainty; OUT=demo
+demo: $(READY) ## a small run of each half, from simulation to an answer with its uncertainty; OUT=demo
 	@$(BIN)/deadlayer demo --out $(OUT)
+	@$(BIN)/cres demo --out $(OUT)/cres
 
 test: $(READY) ## every check of the continuous integration; STEPS="style notebooks" for some of them
 	@.ci/checks $(STEPS)

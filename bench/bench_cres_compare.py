@@ -37,7 +37,7 @@ from deadlayer_cres.cres.simulate import TEST_SETS, Simulator, test_set
 
 HERE = Path(__file__).resolve().parent
 TARGETS = ("energy_eV", "pitch_angle_deg")
-EPOCHS, VALID, TIMED = 3, 256, 4  # of a training; events of a validation (fewer in small batches); batches that are timed
+EPOCHS, VALID, TIMED = 3, 256, 4  # of a training; events of a validation (fewer in small batches); batches to time
 
 BAND = {"representation": "spectrum"}
 TIME = {"representation": "time"}  # mixed down and decimated to the band

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['SHOWN', 'VERBS', 'add_simulate', 'simulate', 'fixed_set', 'folder_size', 'add_prepare', 'prepare', 'near', 'counted',
            'add_train', 'train', 'add_evaluate', 'evaluate', 'given_events', 'add_infer', 'infer', 'infer_tracks',
-           'add_compare', 'compare', 'cres']
+           'add_compare', 'compare', 'add_demo', 'demo_config', 'demo', 'demo_rows', 'cres']
 
 # %% ../nbs/91_cli_cres.ipynb #4645f5b5
 import os
@@ -247,6 +247,59 @@ def compare(args: Namespace) -> None:
         raise ConfigError("runs with different names", ", ".join(args.runs), row="compare")
     print_rows(*comparison_rows(found, args.target))
 
+# %% ../nbs/91_cli_cres.ipynb #d7825767
+def add_demo(p: Parser) -> None:
+    p.add_argument("--out", type=str, default="demo/cres", help="folder to write; an earlier demo there is replaced")
+    p.add_argument("--batches", type=int, default=900, help="batches of 32 events to train on")
+    p.add_argument("--events", type=int, default=1024, help="events of the test set")
+    p.add_argument("--seed", type=int, default=0)
+
+def demo_config(batches: int, seed: int):
+    "The network that folds the spectrum, for a training of so many batches."
+    from deadlayer_cres.cres.model import EncoderConfig, ModelConfig
+    from deadlayer_cres.cres.train import Config, DataConfig, TrainConfig
+
+    fold = EncoderConfig(kind="fold", d_model=32, layers=1, dropout=0.0)
+    return Config(
+        data=DataConfig(batch_size=32, batches_per_epoch=-(-batches // 5), valid_batches=16),
+        model=ModelConfig([fold], head="mixture", hidden=[32]),
+        train=TrainConfig(epochs=5, lr=3e-3, warmup=0.1, grad_clip=1.0, seed=seed),
+    )
+
+# %% ../nbs/91_cli_cres.ipynb #25164099
+def demo(args: Namespace) -> None:
+    "Simulate, train, evaluate and infer at a small scale; about three minutes on two cores."
+    from deadlayer_cres.core import derive_seed, write_json
+    from deadlayer_cres.cres.evaluate import read_columns
+    from deadlayer_cres.cres.simulate import SimulateConfig, simulate_store
+    from deadlayer_cres.cres.train import train as fit_network
+
+    if args.batches < 5:
+        raise ConfigError("at least 5", str(args.batches), row="--batches")
+    out, start = Path(args.out), time.perf_counter()
+    run, store, table = out / "run", out / "events", out / "energies.csv"
+    print("1/4  Simulate electrons in a magnetic trap, and the noise in which they radiate")
+    simulate_store(SimulateConfig(events=200, seed=derive_seed(args.seed, "demo"), noise="added"), store, overwrite=True)
+    print("2/4  Train a network to find the lines and say what they mean")
+    fit_network(demo_config(args.batches, args.seed), run, overwrite=True)
+    print("3/4  Evaluate it on events it has never seen")
+    evaluate(Namespace(run=os.fspath(run), data=None, test_set="cca-8k", events=args.events, noise="auto", out=None,
+                       efficiency=None, limit=None, calibrate="temperature", seed=args.seed))
+    print("4/4  Infer the energies of a file")
+    infer(Namespace(run=os.fspath(run), files=[os.fspath(store)], out=os.fspath(table), overwrite=True, noise="auto",
+                    batch_size=256, track=False, window=None, stride=None, loss="larmor"))
+    found = read_columns(table)
+    print_pairs("Truth beside result, the five surest events", demo_rows(found))
+    write_json(out / "demo.json", {"seconds": time.perf_counter() - start, "events": len(found["energy_eV"])})
+    print(f"done in {time.perf_counter() - start:.0f} s; report: {run / 'report.html'}; energies: {table}")
+
+def demo_rows(found: dict) -> dict:
+    "Estimate and truth of the events with the smallest sigma."
+    surest = sorted(range(len(found["energy_eV"])), key=lambda i: found["energy_sigma_eV"][i])[:5]
+    return {f"event {int(found['event'][i])}":
+            f"{found['energy_eV'][i]:,.2f} +- {found['energy_sigma_eV'][i]:.2f} eV, truth {found['true_energy_eV'][i]:,.2f} eV"
+            for i in surest}
+
 # %% ../nbs/91_cli_cres.ipynb #3300dfbe
 VERBS = {
     "simulate": (simulate, add_simulate, "cres simulate --events 10000 --out events"),
@@ -255,6 +308,7 @@ VERBS = {
     "evaluate": (evaluate, add_evaluate, "cres evaluate runs/a --test_set cca-8k"),
     "infer": (infer, add_infer, "cres infer runs/a measured/*.h5 --out energies.parquet"),
     "compare": (compare, add_compare, "cres compare runs/a runs/b"),
+    "demo": (demo, add_demo, "cres demo"),
 }
 
 def cres(argv: list[str] | None = None) -> None:

@@ -113,7 +113,7 @@ def add_train(p: Parser) -> None:
     from deadlayer_cres.cres.train import Config
 
     p.add_argument("-c", "--config", action=ActionConfigFile, help="YAML file with any of the settings below")
-    p.add_argument("--out", type=str, help="run folder to make")
+    p.add_argument("--run", type=str, help="run folder to make")
     p.add_argument("--resume", action="store_true", help="go on with a run that was interrupted")
     p.add_argument("--overwrite", action="store_true", help="replace a run of that name")
     p.add_class_arguments(Config)
@@ -124,9 +124,9 @@ def train(args: Namespace) -> None:
     from deadlayer_cres.cres.train import Config
     from deadlayer_cres.cres.train import train as fit_network
 
-    if not args.out:
-        raise ConfigError("a run folder", "none", row="--out", remedy="for example --out runs/first")
-    run = fit_network(config_from_args(Config, args), args.out, resume=args.resume, overwrite=args.overwrite)
+    if not args.run:
+        raise ConfigError("a run folder", "none", row="--run", remedy="for example --run runs/first")
+    run = fit_network(config_from_args(Config, args), args.run, resume=args.resume, overwrite=args.overwrite)
     best = min(run.history, key=lambda row: row["valid_loss"])
     print_pairs(f"Trained {run.path}", {k: v if k == "epoch" else f"{v:.4g}" for k, v in best.items()})
 
@@ -304,7 +304,7 @@ def demo_rows(found: dict) -> dict:
 VERBS = {
     "simulate": (simulate, add_simulate, "cres simulate --events 10000 --out events"),
     "prepare": (prepare, add_prepare, "cres prepare runs/*.egg --out events"),
-    "train": (train, add_train, "cres train -c configs/cres-fft-8192.yaml --out runs/a"),
+    "train": (train, add_train, "cres train -c configs/cres-fft-8192.yaml --run runs/a"),
     "evaluate": (evaluate, add_evaluate, "cres evaluate runs/a --test_set cca-8k"),
     "infer": (infer, add_infer, "cres infer runs/a measured/*.h5 --out energies.parquet"),
     "compare": (compare, add_compare, "cres compare runs/a runs/b"),

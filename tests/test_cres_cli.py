@@ -195,7 +195,7 @@ TINY = ["--data.simulate.receiver.samples", "256", "--data.batches_per_epoch", "
 def trained_run(tmp_path_factory):
     "A run made by the program itself."
     path = tmp_path_factory.mktemp("runs") / "run"
-    cres(["train", *TINY, "--out", str(path)])
+    cres(["train", *TINY, "--run", str(path)])
     return path
 
 
@@ -220,10 +220,10 @@ def test_train_leaves_a_run_and_heeds_its_settings(trained_run):
 
 
 def test_train_resumes_and_replaces_only_when_told(capfd, run):
-    refused(capfd, ["train", *TINY, "--out", run], run)
-    cres(["train", *TINY, "--out", run, "--resume"])
+    refused(capfd, ["train", *TINY, "--run", run], run)
+    cres(["train", *TINY, "--run", run, "--resume"])
     assert "nothing to do" in capfd.readouterr().err
-    refused(capfd, ["train", *TINY, "--train.lr", "1e-4", "--out", run, "--resume"], "lr")
+    refused(capfd, ["train", *TINY, "--train.lr", "1e-4", "--run", run, "--resume"], "lr")
 
 
 @pytest.mark.parametrize(("options", "words"), [

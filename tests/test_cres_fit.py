@@ -42,7 +42,7 @@ def events():
 
 
 def direct(simulator, z, energy, pitch, radius, orders=tuple(range(-8, 9, 2)), points=256):
-    "Log likelihood ratios of one record with no short cuts: calculated trap, double precision, every sample, Gram matrix."
+    "Log likelihood ratios of a record with no short cuts: trap calculated, double precision, each sample, Gram matrix."
     r, sigma = simulator.config.receiver, simulator.noise.sigma_V
     made = comb(simulator.trap, simulator.config.cavity, energy, pitch, radius, orders=orders)
     t = torch.arange(r.samples, dtype=torch.float64) / r.sampling_rate_Hz
@@ -223,13 +223,13 @@ def test_single_tone_has_the_bound_of_rife_and_boorstyn():
 
 def test_information_is_that_of_the_samples(simulator):
     "Derivatives by central differences of the whole waveform, and the sum over its samples."
-    at = {"energy_eV": 18_590.0, "pitch_angle_deg": 88.6, "radius_m": 2.5e-3, "axial_phase": 0.4, "cyclotron_phase": 1.0}
-    steps = {"energy_eV": 1e-2, "pitch_angle_deg": 1e-5, "radius_m": 1e-7, "axial_phase": 1e-4, "cyclotron_phase": 1e-4}
+    at = dict(zip(PARAMETERS, (18_590.0, 88.6, 2.5e-3, 0.4, 1.0), strict=False))
+    steps = dict(zip(PARAMETERS, (1e-2, 1e-5, 1e-7, 1e-4, 1e-4), strict=False))
     r = simulator.config.receiver
     t = torch.arange(r.samples, dtype=torch.float64) / r.sampling_rate_Hz
 
     def wave(p):
-        c = comb(simulator.trap, simulator.config.cavity, *(torch.tensor([p[k]], dtype=torch.float64) for k in PARAMETERS[:5]))
+        c = comb(simulator.trap, simulator.config.cavity, *(torch.tensor([v], dtype=torch.float64) for v in p.values()))
         f = c.frequency_Hz[0] - r.lo_frequency_Hz
         turn = torch.exp(2j * math.pi * (f[:, None] * t + c.slope_Hz_per_s * t**2 / 2))
         return r.amplitude_V * c.amplitude[0] @ turn

@@ -133,11 +133,12 @@ def train(args: Namespace) -> None:
 # %% ../nbs/91_cli_cres.ipynb #2abbd993
 def add_evaluate(p: Parser) -> None:
     p.add_argument("run", type=str, help="run folder")
-    p.add_argument("--data", nargs="+", type=str, help="stores or files of test events; default: the run's own test part")
+    p.add_argument("--data", nargs="+", type=str,
+                   help="stores or files of test events; default: the run's own test part")
     p.add_argument("--test_set", choices=["cca-8k", "cca-24k"], help="one of the fixed test sets instead")
     p.add_argument("--events", type=int, default=4096, help="events of the test set, or of the run's own parts")
-    p.add_argument("--noise", type=str, default="auto", help="of --data: auto (added to clean events), add, none, or the "
-                   "name of recorded noise")
+    p.add_argument("--noise", type=str, default="auto",
+                   help="of --data: auto (added to clean events), add, none, or the name of recorded noise")
     p.add_argument("--efficiency", type=str, help="NPZ file with the grid of detection efficiencies")
     p.add_argument("--limit", type=str, help="table of the posterior of the same events")
     p.add_argument("--calibrate", choices=["temperature", "isotonic", "none"], default="temperature")
@@ -279,7 +280,8 @@ def demo(args: Namespace) -> None:
     out, start = Path(args.out), time.perf_counter()
     run, store, table = out / "run", out / "events", out / "energies.csv"
     print("1/4  Simulate electrons in a magnetic trap, and the noise in which they radiate")
-    simulate_store(SimulateConfig(events=200, seed=derive_seed(args.seed, "demo"), noise="added"), store, overwrite=True)
+    events = SimulateConfig(events=200, seed=derive_seed(args.seed, "demo"), noise="added")
+    simulate_store(events, store, overwrite=True)
     print("2/4  Train a network to find the lines and say what they mean")
     fit_network(demo_config(args.batches, args.seed), run, overwrite=True)
     print("3/4  Evaluate it on events it has never seen")
@@ -296,8 +298,8 @@ def demo(args: Namespace) -> None:
 def demo_rows(found: dict) -> dict:
     "Estimate and truth of the events with the smallest sigma."
     surest = sorted(range(len(found["energy_eV"])), key=lambda i: found["energy_sigma_eV"][i])[:5]
-    return {f"event {int(found['event'][i])}":
-            f"{found['energy_eV'][i]:,.2f} +- {found['energy_sigma_eV'][i]:.2f} eV, truth {found['true_energy_eV'][i]:,.2f} eV"
+    value, sigma, truth = (found[k] for k in ("energy_eV", "energy_sigma_eV", "true_energy_eV"))
+    return {f"event {int(found['event'][i])}": f"{value[i]:,.2f} +- {sigma[i]:.2f} eV, truth {truth[i]:,.2f} eV"
             for i in surest}
 
 # %% ../nbs/91_cli_cres.ipynb #3300dfbe

@@ -227,11 +227,11 @@ def test_train_resumes_and_replaces_only_when_told(capfd, run):
 
 
 @pytest.mark.parametrize(("options", "words"), [
-    ([], ["--out"]), (["--out", "x", "--model.head", "none"], ["head"]),
-    (["--out", "x", "--model.d", "4"], ["model.d"]),
-    (["--out", "x", "--data.source", "files"], ["data.files"]),
-    (["--out", "x", "--data.source", "files", "--data.files", "[none.h5]"], ["none.h5"]),
-    (["-c", "none.yaml", "--out", "x"], ["none.yaml"])])
+    ([], ["--run"]), (["--run", "x", "--model.head", "none"], ["head"]),
+    (["--run", "x", "--model.d", "4"], ["model.d"]),
+    (["--run", "x", "--data.source", "files"], ["data.files"]),
+    (["--run", "x", "--data.source", "files", "--data.files", "[none.h5]"], ["none.h5"]),
+    (["-c", "none.yaml", "--run", "x"], ["none.yaml"])])
 def test_train_refuses_bad_settings(capfd, options, words):
     refused(capfd, ["train", *TINY, *options], *words)
 

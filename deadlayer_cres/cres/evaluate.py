@@ -141,7 +141,8 @@ def _arrow():
         import pyarrow
         import pyarrow.parquet
     except ImportError as e:
-        raise ConfigError("the package pyarrow for Parquet files", "none", remedy="pip install pyarrow, or use .csv") from e
+        raise ConfigError("the package pyarrow for Parquet files", "none",
+                          remedy="pip install pyarrow, or use .csv") from e
     return pyarrow
 
 @contextlib.contextmanager
@@ -237,7 +238,8 @@ def table_columns(p: Predictions) -> dict[str, np.ndarray]:  # name -> (n,)
     for m in range(0 if p.weight is None else p.weight.shape[1]):
         columns[f"mode{m}_weight"] = p.weight[:, m]
         for t, name in enumerate(p.targets):
-            columns |= {f"mode{m}_{name}": p.modes[:, m, t], f"mode{m}_{derived_name(name, 'sigma')}": p.widths[:, m, t]}
+            columns[f"mode{m}_{name}"] = p.modes[:, m, t]
+            columns[f"mode{m}_{derived_name(name, 'sigma')}"] = p.widths[:, m, t]
     return columns | p.observables | {f"true_{k}": v for k, v in p.truth.items()}
 
 def write_table(path: str | os.PathLike, p: Predictions) -> None:
@@ -265,7 +267,8 @@ def read_table(
     marks = [[k, derived_name(k, "sigma"), *(derived_name(k, f"q{x:g}") for x in levels)] for k in targets]
     of = [np.stack([np.stack([take(k) for k in names], 1) for names in marks], 1)]  # (n, T, 2 + Q)
     weight = np.stack([take(f"mode{m}_weight") for m in modes], 1) if modes else None
-    of += [np.stack([np.stack([take(f"mode{m}_{names[i]}") for names in marks], 1) for m in modes], 1) if modes else None
+    of += [np.stack([np.stack([take(f"mode{m}_{names[i]}") for names in marks], 1) for m in modes], 1)
+           if modes else None
            for i in (0, 1)]
     truth = {k[5:]: take(k) for k in list(columns) if k.startswith("true_")}
     rest = {k: v for k, v in columns.items() if v.dtype.kind == "f"}
@@ -334,7 +337,8 @@ def event_blocks(
         raise ConfigError(f"recorded noise out of {recorded}", repr(noise), row="noise")
     for start in range(0, len(events), size):
         here = slice(start, start + size)
-        part = events[here] if isinstance(events, Events) else events.read(here, samples, () if noise is None else (noise,))
+        names = () if noise is None else (noise,)
+        part = events[here] if isinstance(events, Events) else events.read(here, samples, names)
         ts = part.ts if noise is None else part.ts + part.noise[noise]
         yield replace(part, ts=ts[:, :, :samples], noise={})
 
@@ -782,7 +786,8 @@ def _panels(n: int, width: float = 2.6, height: float = 2.3, columns: int = 4, *
     "A figure with `n` panels in rows of up to `columns`, and the list of its axes."
     columns = min(n, columns)
     rows = -(-n // columns)
-    with figure(rows, columns, width=max(width * columns, 3.2), height=height * rows, squeeze=False, **options) as (fig, axes):
+    size = {"width": max(width * columns, 3.2), "height": height * rows}
+    with figure(rows, columns, squeeze=False, **size, **options) as (fig, axes):
         for ax in axes.flat[n:]:
             ax.set_visible(False)
         yield fig, list(axes.flat[:n])
@@ -832,7 +837,8 @@ def plot_residuals(p: Predictions) -> Figure:
             mean, sigma, part = core_fit(r)
             tables = residual_statistic(r)(np.ones(len(r)))
             scale = sigma or 1.0
-            for ax, reach, bins in ((row[0], 6 * scale, 97), (row[1], 1.02 * max(np.abs(r - mean).max(), 6 * scale), 151)):
+            whole = 1.02 * max(np.abs(r - mean).max(), 6 * scale)
+            for ax, reach, bins in ((row[0], 6 * scale, 97), (row[1], whole, 151)):
                 edges = np.linspace(mean - reach, mean + reach, bins)
                 x = np.linspace(edges[0], edges[-1], 2000)
                 ax.hist(r, edges, histtype="stepfilled", alpha=0.5)
@@ -888,7 +894,8 @@ def plot_width_against_count(p: Predictions) -> Figure:
             _, _, sigma, _, count = binned_cores(in_unit(name, values), r).T
             ax.axhline(GOAL_EV, color=COLOURS[2], linestyle="--")
             ax.plot(count, sigma, ".")
-            ax.set(xlabel=f"events in a bin of {axis_label(name).split(' [')[0]}", ylabel="core sigma [eV]", ylim=(0, None))
+            ax.set(xlabel=f"events in a bin of {axis_label(name).split(' [')[0]}", ylabel="core sigma [eV]",
+                   ylim=(0, None))
             ax.xaxis.label.set_size(8)
     return fig
 
@@ -1001,7 +1008,8 @@ def plot_calibration(
         for row, name in zip(axes, known, strict=True):
             r, sigma = residual(p, name), p.sigma[:, _target(p, name)]
             _draw_spread(row[0], r, sigma, name)
-            for style, (label, q) in zip(("-", "--", "-."), {"as predicted": p, **(others or {})}.items(), strict=False):
+            all_of_them = {"as predicted": p, **(others or {})}
+            for style, (label, q) in zip(("-", "--", "-."), all_of_them.items(), strict=False):
                 z = np.sort(np.abs(residual(q, name)) / np.maximum(q.sigma[:, _target(q, name)], 1e-300))
                 row[1].plot(np.append(z, 4), np.append((np.arange(len(z)) + 1) / len(z), 1), style, label=label)
             k = np.linspace(0, 4, 100)
@@ -1103,8 +1111,8 @@ def plot_denoising(
     return fig
 
 # %% ../../nbs/cres/26_evaluate.ipynb #903caf1b
-COLUMNS_SHOWN = (("core_sigma", "core σ"), ("fwhm_half_maximum", "FWHM"), ("rms", "RMS"), ("tail_fraction", "tail fraction"),
-                 ("median_abs", "median |residual|"), ("bias", "bias"))
+COLUMNS_SHOWN = (("core_sigma", "core σ"), ("fwhm_half_maximum", "FWHM"), ("rms", "RMS"),
+                 ("tail_fraction", "tail fraction"), ("median_abs", "median |residual|"), ("bias", "bias"))
 
 def _cell(entry: Mapping | None, scale: float = 1.0) -> str:
     "A number with its error, to the digits that the error deserves."
@@ -1148,7 +1156,8 @@ def _merit_cells(row: Mapping, target: str) -> list[str]:
 # %% ../../nbs/cres/26_evaluate.ipynb #7fd7d8af
 def calibration_rows(metrics: Mapping) -> tuple[list[str], list[list[str]]]:  # column titles, rows
     "Coverage of the network for each target."
-    rows = [[target, *(_cell(metrics[target]["calibration"][k]) for k in ("coverage_1_sigma", "coverage_2_sigma", "z_rms"))]
+    names = ("coverage_1_sigma", "coverage_2_sigma", "z_rms")
+    rows = [[target, *(_cell(metrics[target]["calibration"][k]) for k in names)]
             for target in judged(metrics) if "calibration" in metrics[target]]
     return ["calibration", f"within 1 σ ({ONE_SIGMA:.3f})", f"within 2 σ ({TWO_SIGMA:.3f})", "z-score RMS (1)"], rows
 
@@ -1158,13 +1167,15 @@ def held_out_rows(calibration: Mapping) -> tuple[list[str], list[list[str]]]:  #
     for how, targets in calibration["coverage"].items():
         for target, c in targets.items():
             bands = ", ".join(f"{b['coverage']:.3f} ({b['nominal']:.3f})" for b in c["bands"])
-            rows.append([f"{target}, {how}", *(f"{c[k]:.3f}" for k in ("coverage_1_sigma", "coverage_2_sigma", "z_rms")),
+            names = ("coverage_1_sigma", "coverage_2_sigma", "z_rms")
+            rows.append([f"{target}, {how}", *(f"{c[k]:.3f}" for k in names),
                          bands or "-"])
     return ["validation events", "within 1 σ", "within 2 σ", "z-score RMS", "bands (nominal)"], rows
 
 def limit_text(metrics: Mapping) -> list[str]:
     "The ratio to the limit as sentences."
-    return [f"{target}: the RMS is {_cell(metrics[target]['limit']['rms_ratio'])} times that of the posterior mean; on the "
+    return [f"{target}: the RMS is {_cell(metrics[target]['limit']['rms_ratio'])} times that of the posterior mean; on "
+            "the "
             f"{metrics[target]['limit']['narrow_events']} events with a single narrow mode the median residual is "
             f"{_cell(metrics[target]['limit']['narrow_ratio'])} times what the posterior allows."
             for target in judged(metrics) if "limit" in metrics[target]]
@@ -1182,11 +1193,13 @@ def doubts(metrics: Mapping) -> list[str]:  # warnings; empty if all is as it sh
                             f"{_cell(base)}.")
         c = metrics[target].get("calibration", {}).get("coverage_1_sigma")
         if c and abs(c["value"] - ONE_SIGMA) > max(0.03, 4 * c["error"]):
-            said.append(f"{target}: the uncertainties are too {'large' if c['value'] > ONE_SIGMA else 'small'}: one sigma "
+            size = "large" if c["value"] > ONE_SIGMA else "small"
+            said.append(f"{target}: the uncertainties are too {size}: one sigma "
                         f"holds {c['value']:.1%} of the truths, nominally {ONE_SIGMA:.1%}.")
         ratio = metrics[target].get("limit", {}).get("rms_ratio")
         if ratio and ratio["value"] < 1 - 4 * ratio["error"]:
-            said.append(f"{target}: the RMS is below that of the posterior, which cannot be; check that no test event was "
+            said.append(f"{target}: the RMS is below that of the posterior, which cannot be; check that no test event "
+                        "was "
                         "among those trained on.")
     return said
 
@@ -1210,13 +1223,15 @@ def print_table(metrics: Mapping, console: Console | None = None) -> None:
         console.print(text, highlight=False)
 
 # %% ../../nbs/cres/26_evaluate.ipynb #03ebc703
-def _figures(p: Predictions, limit: Predictions | None, others: Mapping[str, Predictions]) -> dict[str, tuple[Figure, str]]:
+def _figures(
+    p: Predictions, limit: Predictions | None, others: Mapping[str, Predictions]
+) -> dict[str, tuple[Figure, str]]:
     "All figures that these predictions allow: file name -> figure, what it shows."
     own = {"this network": p} | ({"posterior": limit} if limit is not None else {})
     makers = {
         "truth": (lambda: plot_truth(p), "Prediction against truth."),
         "residuals": (lambda: plot_residuals(p), "Residuals with the Gaussian fit to their core, and all of them."),
-        "reconstructed": (lambda: plot_reconstructed(p), "Events whose energy is right within 3 eV, and their fraction."),
+        "reconstructed": (lambda: plot_reconstructed(p), "Events right within 3 eV, and their fraction."),
         "energy_against": (lambda: plot_energy_against(p), "Mean and core width of the energy residual in bins of each "
                            "variable; the band is ±0.3 eV."),
         "width_against_count": (lambda: plot_width_against_count(p), "The same widths against the events in the bin."),
@@ -1224,7 +1239,8 @@ def _figures(p: Predictions, limit: Predictions | None, others: Mapping[str, Pre
         "frequencies": (lambda: plot_frequencies(p), "Axial and carrier frequency, coloured by the energy residual."),
         "power": (lambda: plot_power(p), "Energy residual against the power of the signal; lines at ±3 eV."),
         "length": (lambda: plot_length(by_track_length(p)), "Resolution against track length."),
-        "calibration": (lambda: plot_calibration(p, others), "Predicted sigma against actual spread, coverage, z-scores."),
+        "calibration": (lambda: plot_calibration(p, others),
+                        "Predicted sigma against actual spread, coverage, z-scores."),
         "sigma_against": (lambda: plot_sigma_against(p), "Predicted and actual RMS in bins of each variable."),
         "efficiency_curve": (lambda: plot_efficiency_curve(own), "Resolution of the best events by their own sigma."),
         "distributions": (lambda: plot_distributions(p), "Labels and observables of the test events."),
@@ -1273,7 +1289,9 @@ def report(
     return metrics
 
 # %% ../../nbs/cres/26_evaluate.ipynb #f1f92ad0
-def report_sections(metrics: Mapping, made: Mapping[str, tuple[Figure, str]], calibration: Mapping | None) -> list[Section]:
+def report_sections(
+    metrics: Mapping, made: Mapping[str, tuple[Figure, str]], calibration: Mapping | None
+) -> list[Section]:
     "The sections of the report."
     def pick(*names):
         return [made[k] for k in names if k in made]
@@ -1282,16 +1300,20 @@ def report_sections(metrics: Mapping, made: Mapping[str, tuple[Figure, str]], ca
     tables = [Table(*merit_rows(metrics, t)) for t in targets]
     honest = [Table(*calibration_rows(metrics))]
     if calibration:
-        honest.append(Table(*held_out_rows(calibration), caption="Fitted on one half of the validation events, judged on "
+        honest.append(Table(*held_out_rows(calibration),
+                            caption="Fitted on one half of the validation events, judged on "
                             "the other."))
-    best = [Table([f"best events [%], {AXES.get(t, (t,))[0]} [{_table_unit(t)[0]}]", "events", "RMS", "median |residual|"],
+    best = [Table([f"best events [%], {AXES.get(t, (t,))[0]} [{_table_unit(t)[0]}]", "events", "RMS",
+                   "median |residual|"],
                   [[k, row["events"], *(_cell(row[x], _table_unit(t)[1]) for x in ("rms", "median_abs"))]
                    for k, row in metrics[t].get("resolution_at_efficiency", {}).items()]) for t in targets]
     facts = [[k, v] for k, v in metrics.get("facts", {}).items()]
     return [
-        Section("How far off?", [f"{metrics['events']:,} test events. Residuals are prediction minus truth. Core σ: Gaussian "
-                "fit to the core; RMS: of all events; tail fraction: residuals above 3 eV or 0.03 degrees. Errors from the "
-                "bootstrap."] + limit_text(metrics), doubts(metrics), tables, pick("residuals", "truth", "reconstructed")),
+        Section("How far off?",
+                [f"{metrics['events']:,} test events. Residuals are prediction minus truth. Core σ: Gaussian fit to "
+                 "the core; RMS: of all events; tail fraction: residuals above 3 eV or 0.03 degrees. Errors from the "
+                 "bootstrap."] + limit_text(metrics),
+                doubts(metrics), tables, pick("residuals", "truth", "reconstructed")),
         Section("Is the uncertainty true?", tables=honest if honest[0].rows else [], figures=pick("calibration",
                 "sigma_against")),
         Section("The best events", ["Ranked by their own predicted sigma."], tables=[t for t in best if t.rows],
@@ -1320,7 +1342,8 @@ def part_events(
     source = open_source(config, device)
     rows = config.data.split.split(source.events)[("train", "valid", "test").index(part)]
     if not len(rows):
-        raise DataError(f"events in the {part} part", "none", config.data.files[0], remedy="give other events, with --data")
+        raise DataError(f"events in the {part} part", "none", config.data.files[0],
+                        remedy="give other events, with --data")
     rows = rows if len(rows) <= n else rows[np.linspace(0, len(rows) - 1, n).astype(int)]
     return source.read(rows, source.added), source.added or "auto"
 
@@ -1397,7 +1420,7 @@ def denoise_events(
     pipeline,  # whose network denoises
     events: Events,  # clean
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray, float] | None:  # noisy, clean, denoised (n, 2, m) in V; their rate in Hz
-    "Clean events with noise and denoised, as the network gets them; None if these are noisy, or its input is no time series."
+    "Clean events with noise and denoised, as the network gets them; None if noisy, or if no time series."
     ts, step = torch.from_numpy(events.ts).to(_device(pipeline)), noise_step(pipeline)
     quiet = pipeline.prep.without_noise()
     quiet = quiet.branches[0] if hasattr(quiet, "branches") else quiet
@@ -1434,7 +1457,8 @@ def comparison_rows(
             raise RunError(f"a run that was evaluated for {target}", f"{name}, which was not", row=target)
         best = m[target].get("resolution_at_efficiency", {}).get("25", {}).get("rms")
         covered = m[target].get("calibration", {}).get("coverage_1_sigma")
-        rows.append([name, *_merit_cells(m[target]["all"], target), _cell(best, _table_unit(target)[1]), _cell(covered)])
+        best = _cell(best, _table_unit(target)[1])
+        rows.append([name, *_merit_cells(m[target]["all"], target), best, _cell(covered)])
     for name, table in next(iter(runs.values()), {}).get("baselines", {}).items():
         if target in table:
             rows.append([name, *_merit_cells(table[target]["all"], target), "-", "-"])

@@ -532,6 +532,7 @@ def _runs(event: Tensor, weight: Tensor, energy: Tensor, n: int, gap_eV: float, 
     new = (event[keep].diff() != 0) | (energy[keep].diff() > gap_eV)
     return keep, torch.nn.functional.pad(new.long().cumsum(0), (1, 0))
 
+# %% ../../nbs/cres/27_fit.ipynb #5ac1d2e0
 @dataclass
 class Posterior:
     "Posteriors of n events as m weighted cells; the weights of an event sum to 1, its cells lie together."

@@ -36,7 +36,7 @@ def half_bins(
 def strongest_lines(
     power: torch.Tensor,  # (n, 2 B) at half bins
     count: int,
-) -> tuple[torch.Tensor, torch.Tensor]:  # (n, count) half bins, the highest first, and how far to the right each line is
+) -> tuple[torch.Tensor, torch.Tensor]:  # (n, count) half bins, the highest first; how far right of it each line is
     "The highest local maxima of a spectrum."
     inner = power[:, 2:-2]
     peak = torch.where((inner >= power[:, 1:-3]) & (inner >= power[:, 3:-1]), inner, 0)
@@ -109,16 +109,16 @@ def _fold(self: Fold, x: torch.Tensor):
     re, im = F.pad(x, (self.pad, self.pad)).unbind(1)
     at = k + self.pad
     near_re, near_im = _gather(re, im, at[..., None] + torch.arange(-2, 3, device=x.device))
-    unit = torch.complex(near_re[..., 2], -near_im[..., 2]) / torch.hypot(near_re[..., 2], near_im[..., 2]).clamp(min=1e-6)
-    around = torch.complex(near_re, near_im)[..., [0, 1, 3, 4]] * unit[..., None]
     size = torch.hypot(near_re[..., 2:3], near_im[..., 2:3])
+    unit = torch.complex(near_re[..., 2], -near_im[..., 2]) / size[..., 0].clamp(min=1e-6)
+    around = torch.complex(near_re, near_im)[..., [0, 1, 3, 4]] * unit[..., None]
     lines = torch.cat([torch.log1p(size**2), around.real / (size + 1e-6), around.imag / (size + 1e-6)], -1)
     re, im = _gather(re, im, at[:, :, None, None] + self.offsets)
     log_power, m = torch.log1p(re**2 + im**2), self.sizes[0]
     a, b = (torch.complex(re[..., i * m:(i + 1) * m], im[..., i * m:(i + 1) * m]) for i in (0, 1))
     product = a * b * (unit**2)[..., None, None]
     product = 0.3 * product / (product.abs() + 1e-6).sqrt()
-    one, two = log_power[..., :2 * m].unflatten(-1, (2, m)).sum(-2), log_power[..., 2 * m:].unflatten(-1, (2, -1)).sum(-2)
+    one, two = (part.unflatten(-1, (2, -1)).sum(-2) for part in (log_power[..., :2 * m], log_power[..., 2 * m:]))
     centres = [_centre(one, self.first), _centre(two, self.second)]
     return torch.cat([log_power, product.real, product.imag, *centres], -1), lines, k, shift
 
@@ -251,7 +251,7 @@ def _encode(self: FoldEncoder, x: torch.Tensor) -> Cells:
                  self.place(cells[..., -2:]).view(n, m * c), t.unit, t.low, t.high, self.nothing)
 
 def _look_up(self: CombTables, correction: torch.Tensor, k: torch.Tensor, shift: torch.Tensor):
-    "Prior (K, cells) and means (K, T, cells) with their learned corrections, and scaled energies of the lines, (n, lines)."
+    "Prior (K, cells) and means (K, T, cells), corrected, and scaled energies of the lines, (n, lines)."
     last = len(self.anchor) - 1
     slope = self.anchor[(k + 1).clamp(max=last)] - self.anchor[(k - 1).clamp(min=0)]
     return self.log_prior + correction[:, 0], self.mean + correction[:, 1:], self.anchor[k] + shift * slope / 2

@@ -68,7 +68,8 @@ class Trained:
         found = dict(zip(self.pipeline.net.targets, zip((scale.mean - reach).tolist(), (scale.mean + reach).tolist(),
                                                         strict=True), strict=True))
         if self.config.data.source == "stream" and e.table is None:
-            known = {"energy_eV": (e.energy_low_eV, e.energy_high_eV), "pitch_angle_deg": (e.pitch_low_deg, e.pitch_high_deg)}
+            known = {"energy_eV": (e.energy_low_eV, e.energy_high_eV),
+                     "pitch_angle_deg": (e.pitch_low_deg, e.pitch_high_deg)}
             found |= {k: v for k, v in known.items() if k in found}
         return found
 
@@ -216,7 +217,8 @@ def energy_after(
 ):  # (n,) eV
     "Kinetic energy of an electron that radiates into free space."
     gamma = 1 + np.asarray(energy_eV, np.float64) / ELECTRON_MASS_EV
-    rate = larmor_power(np.float64(18_600.0), np.asarray(pitch_angle_deg, np.float64), field_T) / CHARGE / ELECTRON_MASS_EV
+    power_W = larmor_power(np.float64(18_600.0), np.asarray(pitch_angle_deg, np.float64), field_T)
+    rate = power_W / CHARGE / ELECTRON_MASS_EV
     rate = rate / ((1 + 18_600.0 / ELECTRON_MASS_EV) ** 2 - 1)
     u = (gamma - 1) / (gamma + 1) * np.exp(-2 * rate * np.asarray(time_s))
     return ELECTRON_MASS_EV * 2 * u / (1 - u)
@@ -251,7 +253,7 @@ def fit_loss(
 class TrackResult:
     "What was inferred of full tracks."
 
-    windows: dict[str, np.ndarray]  # columns with one row a window: event, window, time_s, predictions, energy_at_start_eV
+    windows: dict[str, np.ndarray]  # one row a window: event, window, time_s, predictions, energy_at_start_eV
     tracks: dict[str, np.ndarray]  # columns with one row a track: event, windows, combined predictions, known labels
     samples: int  # of a window
     stride: int
@@ -299,13 +301,14 @@ def _field_T(config) -> float:
     return float(config.data.simulate.trap.build().field(zero, zero))
 
 def _with_noise(pipeline, events: Events, noise: str):
-    "A function that gives a slice of the events with the labels `event` counted in `events`, with noise on whole tracks."
+    "A function that gives a slice of the events, `event` counted in `events`, with noise on whole tracks."
     step, recorded = noise_step(pipeline), noise not in ("auto", "none", "add")
     if recorded and noise not in events.noise:
         raise ConfigError(f"recorded noise out of {list(events.noise)}", repr(noise), row="noise")
     add = noise == "add" or (noise == "auto" and needs_noise(pipeline, torch.from_numpy(events[:8].ts)))
     if add and not isinstance(step, AddNoise):
-        raise ConfigError("tracks with noise", "clean ones", row="noise", remedy="noise that is coloured cannot be added to "
+        raise ConfigError("tracks with noise", "clean ones", row="noise",
+                          remedy="noise that is coloured cannot be added to "
                           "records of another length than in the training; add it before")
 
     def part(here: slice) -> Events:
@@ -370,12 +373,13 @@ def at_start(
     pitch_angle_deg: np.ndarray | float,
     loss: str | float,  # larmor, fit, or a number in eV/s
     field_T: float,
-) -> tuple[np.ndarray, float, float]:  # (m,) eV at the start; the loss in eV/s; what its error adds to that of their mean
+) -> tuple[np.ndarray, float, float]:  # (m,) eV at the start; loss in eV/s; what its error adds to that of their mean
     "Energies of windows at the start of their track."
     if loss == "fit" and np.ptp(time_s) > 0:
         rate, error = fit_loss(energy_eV, sigma_eV, time_s)
         w = 1 / np.maximum(sigma_eV, 1e-12) ** 2 if np.isfinite(sigma_eV).all() else np.ones(len(time_s))
-        return energy_eV + rate * time_s, rate, float(error * (w @ time_s) / w.sum()) if np.isfinite(sigma_eV).all() else 0.0
+        more = float(error * (w @ time_s) / w.sum()) if np.isfinite(sigma_eV).all() else 0.0
+        return energy_eV + rate * time_s, rate, more
     if isinstance(loss, int | float):
         return energy_eV + loss * time_s, float(loss), 0.0
     start = energy_after(energy_eV, -time_s, pitch_angle_deg, field_T)
@@ -414,7 +418,8 @@ def infer_track_files(
             for start, block in _track_blocks(events, noise):
                 with about(path):
                     result = infer_track(trained, block, window, stride, loss, noise)
-                result.tracks |= {f"true_{k}": result.tracks.get(f"true_{k}", np.full(len(result), np.nan)) for k in labels}
+                nan = np.full(len(result), np.nan)
+                result.tracks |= {f"true_{k}": result.tracks.get(f"true_{k}", nan) for k in labels}
                 for columns, write in ((result.tracks, write_track), (result.windows, write_window)):
                     write({"file": np.full(len(columns["event"]), os.fspath(path)), **columns,
                            "event": columns["event"] + start})
@@ -450,7 +455,8 @@ def plot_track(
             if name == "energy_eV":
                 ax.plot(t, w["energy_at_start_eV"][here], "_", color=COLOURS[1], label="brought to the start")
             ax.axhspan(mean - error, mean + error, color=COLOURS[1], alpha=0.3, linewidth=0)
-            ax.axhline(mean, color=COLOURS[1], label=f"combined {mean:.{max(0, 1 - math.floor(math.log10(error)))}f} ± {error:.2g}"
+            digits = max(0, 1 - math.floor(math.log10(error))) if error > 0 else 0
+            ax.axhline(mean, color=COLOURS[1], label=f"combined {mean:.{digits}f} ± {error:.2g}"
                        if error > 0 else "combined")
             if f"true_{name}" in result.tracks:
                 ax.axhline(result.tracks[f"true_{name}"][k], color="k", linestyle="--", linewidth=0.8, label="truth")
@@ -475,7 +481,8 @@ def plot_windows(result: TrackResult):  # a matplotlib figure
         for k, (name, label) in enumerate((("energy_eV", "as found"), ("energy_at_start_eV", "brought to the start"))):
             r = w[name] - truth[row]
             fits = {n: core_fit(r[w["window"] == n]) for n in np.unique(w["window"]) if (w["window"] == n).sum() > 4}
-            axes[0].errorbar(np.array(list(fits)) + 0.2 * k, [f[0] for f in fits.values()], [f[1] for f in fits.values()],
+            value, error = zip(*fits.values(), strict=True) if fits else ((), ())
+            axes[0].errorbar(np.array(list(fits)) + 0.2 * k, value, error,
                              fmt="o", color=COLOURS[k], label=label)
         axes[0].axhline(0, color="k", linestyle=":", linewidth=0.8)
         axes[0].set(xlabel="number of the window", ylabel="energy residual [eV]")

@@ -448,7 +448,13 @@ class CombEncoder(FoldEncoder):
 
     keeps_length = False
 
-    def __init__(self, config: EncoderConfig, channels: int | tuple[int, int], axis: Axis | None, targets: Sequence[str]):
+    def __init__(
+        self,
+        config: EncoderConfig,
+        channels: int | tuple[int, int],  # 2
+        axis: Axis | None,
+        targets: Sequence[str],  # names of what is predicted
+    ):
         if axis is None or channels != 2:
             raise ConfigError("a spectrum of two channels with its frequency axis", f"{channels} channels", row="kind",
                               remedy="give fold the representation spectrum, without log_power")
@@ -740,6 +746,8 @@ class ModelConfig:
             "hidden": ("widths of at least 1", all(w >= 1 for w in self.hidden)),
             "task": ("regress, denoise or both", self.task in ("regress", "denoise", "both")),
         }, self)
+        if HEADS[self.head].per_position and len(self.encoders) > 1:
+            raise ConfigError(f"one branch for the head {self.head}", "two", row="encoders")
         kinds = [e.kind for e in self.encoders]
         if ("fold" in kinds or self.head == "mixture") and (kinds != ["fold"] or self.head != "mixture"):
             raise ConfigError("the encoder fold alone with the head mixture", f"{' and '.join(kinds)} with {self.head}",
@@ -813,29 +821,31 @@ class Reconstructor(nn.Module):
         p = self.head.read((raw[-1] if isinstance(raw, tuple) else raw).double())
         return in_physical_units(p, self.scale, self.sigma_scale)
 
-    @property
-    def labels(self) -> tuple[str, ...]:
-        "Labels of training events that `fit_tables` wants; none for most networks."
-        fold = bool(self.branches) and isinstance(self.branches[0].encoder, FoldEncoder)
-        return ("avg_axial_frequency_Hz", "avg_carrier_frequency_Hz", "pitch_angle_deg") if fold else ()
-
-    def fit_tables(
-        self,
-        y,  # (n, T) targets of training events, in their units
-        labels: Sequence,  # (n,) arrays, as `labels` names them
-    ) -> None:
-        "Fit what the encoder has to know of the trap; `NotFittedError` before `scale` is fitted."
-        energy = self.targets.index("energy_eV")
-        scale = float(self.scale.mean[energy]), float(self.scale.std[energy])
-        y = self.scale(torch.as_tensor(y, dtype=torch.float64, device=self.scale.mean.device))
-        self.branches[0].encoder.tables.fit(y.cpu().numpy(), energy, scale, *labels)
-
     def train(self, mode: bool = True) -> "Reconstructor":
         "As usual, but parts that were frozen stay in evaluation mode."
         super().train(mode)
         for name in self.frozen:
             self.get_submodule(name).eval()
         return self
+
+# %% ../../nbs/cres/25_model.ipynb #7be0a1c3
+def _labels(self: Reconstructor) -> tuple[str, ...]:
+    "Labels of training events that `fit_tables` wants; none for most networks."
+    fold = bool(self.branches) and isinstance(self.branches[0].encoder, FoldEncoder)
+    return ("avg_axial_frequency_Hz", "avg_carrier_frequency_Hz", "pitch_angle_deg") if fold else ()
+
+def _fit_tables(
+    self: Reconstructor,
+    y,  # (n, T) targets of training events, in their units
+    labels: Sequence,  # (n,) arrays, as `labels` names them
+) -> None:
+    "Fit what the encoder has to know of the trap; `NotFittedError` before `scale` is fitted."
+    energy = self.targets.index("energy_eV")
+    scale = float(self.scale.mean[energy]), float(self.scale.std[energy])
+    y = self.scale(torch.as_tensor(y, dtype=torch.float64, device=self.scale.mean.device))
+    self.branches[0].encoder.tables.fit(y.cpu().numpy(), energy, scale, *labels)
+
+Reconstructor.labels, Reconstructor.fit_tables = property(_labels), _fit_tables
 
 # %% ../../nbs/cres/25_model.ipynb #a8e742f5
 def count_parameters(module: nn.Module) -> int:

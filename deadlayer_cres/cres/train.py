@@ -42,7 +42,15 @@ from deadlayer_cres.cres.data import (
     concatenate,
     read_events,
 )
-from .model import Axis, EventLoss, LossConfig, ModelConfig, Reconstructor, input_channels, start_branch
+from deadlayer_cres.cres.model import (
+    Axis,
+    EventLoss,
+    LossConfig,
+    ModelConfig,
+    Reconstructor,
+    input_channels,
+    start_branch,
+)
 from .prep import AddColouredNoise, AddNoise, ParallelPrep, Prep, PrepConfig, build_prep
 from .simulate import LABELS, SimulateConfig, Simulator
 from deadlayer_cres.train import (
@@ -345,7 +353,8 @@ def _file_batches(self: FileSource, part: Literal["train", "valid"], columns: Se
                "noise": self.added}
     place = where_to_hold(8 * self.samples * len(rows) * (3 if self.added else 1), c.in_memory, self.device)
     if place is None and isinstance(self.events, EventStore):
-        return Numbered(BlockBatches(self.events, c.batch_size, rows, samples=self.samples, workers=c.workers, **options))
+        options |= {"samples": self.samples, "workers": c.workers}
+        return Numbered(BlockBatches(self.events, c.batch_size, rows, **options))
     return Numbered(EventBatches(self.read(rows, self.added), c.batch_size, device=place or "cpu", **options))
 
 def _file_sample(self: FileSource) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

@@ -326,7 +326,8 @@ def _file_batches(self: FileSource, part: Literal["train", "valid"], columns: Se
                "noise": self.added}
     place = where_to_hold(8 * self.samples * len(rows) * (3 if self.added else 1), c.in_memory, self.device)
     if place is None and isinstance(self.events, EventStore):
-        return Numbered(BlockBatches(self.events, c.batch_size, rows, samples=self.samples, workers=c.workers, **options))
+        options |= {"samples": self.samples, "workers": c.workers}
+        return Numbered(BlockBatches(self.events, c.batch_size, rows, **options))
     return Numbered(EventBatches(self.read(rows, self.added), c.batch_size, device=place or "cpu", **options))
 
 def _file_sample(self: FileSource) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:

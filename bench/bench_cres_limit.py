@@ -100,7 +100,8 @@ def limit(name: str, n: int, save: Path | None) -> tuple[dict, dict]:
                  for q in BEST},
         "single_mode": {"share": share(one), "rms_eV": rms(error[one]),
                         "median_residual_over_main_mode_sigma": rounded(np.median(inner[one])),
-                        "median_main_mode_sigma_over_bound": rounded(np.median(s["main_mode_sigma_eV"][one] / bound[one]))},
+                        "median_main_mode_sigma_over_bound": rounded(
+                            np.median(s["main_mode_sigma_eV"][one] / bound[one]))},
         "median_sigma_over_bound_of_the_others": rounded(np.median((sigma / bound)[~one])),
         "log_evidence_above_10": share(s["log_evidence"] > 10),
         "by_pitch_angle_deg": binned(s, truth, truth["pitch_angle_deg"], (88, 88.1, 88.3, 88.6, 88.9, 89.2, 89.6, 90)),

@@ -42,7 +42,7 @@ def events():
 
 
 def direct(simulator, z, energy, pitch, radius, orders=tuple(range(-8, 9, 2)), points=256):
-    "Log likelihood ratios of a record with no short cuts: trap calculated, double precision, each sample, Gram matrix."
+    "Log likelihood ratios of a record with no short cuts: trap calculated, each sample, Gram matrix."
     r, sigma = simulator.config.receiver, simulator.noise.sigma_V
     made = comb(simulator.trap, simulator.config.cavity, energy, pitch, radius, orders=orders)
     t = torch.arange(r.samples, dtype=torch.float64) / r.sampling_rate_Hz

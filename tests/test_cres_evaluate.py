@@ -18,6 +18,7 @@ from deadlayer_cres.cres.data import Events, EventStore, write_store
 from deadlayer_cres.cres.model import EncoderConfig, ModelConfig, Reconstructor
 from deadlayer_cres.cres.prep import PrepConfig, build_prep
 from deadlayer_cres.cres.simulate import ReceiverConfig, SimulateConfig, simulate_events
+from deadlayer_cres.cres.train import Config, DataConfig, StreamSource, build_pipeline, fit_statistics
 from deadlayer_cres.cres.trap import energy_from_frequency
 from deadlayer_cres.train import Pipeline
 
@@ -146,7 +147,8 @@ def test_observables_of_a_known_line():
     assert np.abs(seen["peak_frequency_Hz"] - 25.9702e9 - f).max() < 0.15 * rate / n
     assert np.abs(seen["total_power"] / expected - 1).max() < 0.35
     assert (seen["max_power"] < 1.3 * expected).all() and (seen["max_power"] > 0.3 * expected).all()
-    assert abs(float(ev.noise_level_V(torch.tensor(noise)).mean()) / sigma - 1) < 0.03
+    strong = torch.tensor(5 * np.stack([z.real, z.imag], 1) + noise)
+    assert abs(float(ev.noise_level_V(strong).mean()) / sigma - 1) < 0.03, "a line does not count as noise"
 
 
 def test_observables_of_silence_and_of_another_band():
@@ -451,6 +453,68 @@ def test_events_of_another_receiver_are_refused():
                          ({"ts": events.ts[:, :, :100]}, "256 samples")):
         with pytest.raises(DataError, match=word):
             ev.check_events(config, replace(events, **change), "here.h5")
+
+
+def small_run(tmp_path, head="gaussian", task="regress", **data):
+    "A run folder's stand-in, its config, and an untrained pipeline with fitted scales."
+    prep = PrepConfig(representation="time", scale="amplitude")
+    encoder = EncoderConfig(kind="cnn", d_model=8, layers=1)
+    model = ModelConfig(encoders=[encoder], head=head, hidden=[], task=task,
+                        denoiser=EncoderConfig(kind="lstm", d_model=8, layers=1))
+    settings = {"simulate": SMALL, "samples": 256, "sampling_rate_Hz": 403e6, "lo_frequency_Hz": 25.9702e9} | data
+    config = Config(data=DataConfig(**settings), prep=prep, model=model)
+    pipeline = build_pipeline(config, 256, 403e6)
+    fit_statistics(pipeline, StreamSource(DataConfig(simulate=SMALL), torch.device("cpu")))
+    run = FakeRun(tmp_path)
+    run.history, run.environment = [], {"data_checksum": "abc"}
+    return run, config, pipeline.eval()
+
+
+@pytest.mark.parametrize(("head", "task"), [("mean", "regress"), ("quantiles", "both")])
+def test_evaluate_takes_every_network_that_estimates(tmp_path, head, task):
+    run, config, pipeline = small_run(tmp_path, head, task)
+    m = ev.evaluate(run, config, pipeline, n=120)
+    figures = {f.stem for f in (tmp_path / "figures").iterdir()}
+    assert ("calibration" in figures) == ("calibration" in m["energy_eV"]) == (head != "mean") == bool(run.about)
+    assert ("denoising" in figures) == (task == "both")
+    assert m["facts"]["data checksum"] == "abc" and len(ev.read_table(tmp_path / "predictions.csv")) == 120
+
+
+def test_evaluate_refuses_a_network_that_only_denoises(tmp_path):
+    with pytest.raises(ConfigError, match="denoises only"):
+        ev.evaluate(*small_run(tmp_path, task="denoise"))
+
+
+def test_denoised_signals_come_back_in_volts(tmp_path):
+    _, _, pipeline = small_run(tmp_path, "gaussian", "both")
+    clean = simulate_events(8, SMALL)
+    noisy, back, denoised, rate = ev.denoise_events(pipeline, clean)
+    assert np.abs(back).max() == pytest.approx(np.abs(clean.ts).max(), rel=0.3) and 50e6 < rate < 80e6
+    inside = rate / 403e6  # of the noise power
+    assert noisy.std() == pytest.approx(0.0471 * inside**0.5, rel=0.1) and denoised.shape == back.shape
+    assert ev.denoise_events(pipeline, replace(clean, ts=clean.ts + noisy.std() * 5)) is not None
+    assert ev.denoise_events(pipeline, simulate_events(8, SMALL, noise="added")) is None
+
+
+def test_parts_of_a_run_are_those_it_was_not_trained_on(tmp_path):
+    _, config, _ = small_run(tmp_path)
+    stream = [ev.part_events(config, part, 40)[0].columns["energy_eV"] for part in ("valid", "test")]
+    train = next(iter(StreamSource(config.data, torch.device("cpu")).batches("train", ["energy_eV"])))[1]
+    assert not set(stream[0]) & set(stream[1]) and not set(stream[1]) & set(train[:, 0].tolist())
+    events = simulate_events(300, SMALL, noise="kept")
+    write_store(events, tmp_path / "a.h5")
+    files = {"source": "files", "files": [str(tmp_path / "a.h5")]}
+    _, config, pipeline = small_run(tmp_path, **files)
+    parts = config.data.split.split(events)
+    for part, rows in zip(("valid", "test"), parts[1:], strict=True):
+        got, noise = ev.part_events(config, part)
+        assert np.array_equal(got.columns["energy_eV"], events.columns["energy_eV"][rows]) and noise == "auto"
+    few = ev.part_events(config, "test", 5)[0]
+    assert len(few) == 5
+    config = replace(config, data=replace(config.data, noise="gauss"), prep=replace(config.prep, noise="none"))
+    got, noise = ev.part_events(config, "test")
+    assert noise == "gauss" and np.allclose(got.noise["gauss"], events.noise["gauss"][parts[2]])
+    assert len(ev.reconstruct(pipeline, got, noise)) == len(parts[2])
 
 
 # --- figures and report ---

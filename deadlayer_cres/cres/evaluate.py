@@ -17,7 +17,7 @@ __all__ = ['FWHM', 'TAIL', 'REPEATS', 'Statistic', 'PERCENT', 'ONE_SIGMA', 'TWO_
            'limit_text', 'doubts', 'print_rows', 'print_table', 'report', 'report_sections', 'part_events',
            'check_events', 'evaluate', 'denoise_events', 'read_metrics', 'comparison_rows']
 
-# %% ../../nbs/cres/26_evaluate.ipynb #1c7967b5
+# %% ../../nbs/cres/26_evaluate.ipynb #6e162260
 import contextlib
 import csv
 import math
@@ -29,7 +29,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
-from matplotlib.colors import LogNorm
+from matplotlib.colors import LogNorm, Normalize
 from matplotlib.figure import Figure
 from matplotlib.ticker import NullFormatter
 from rich.console import Console
@@ -59,7 +59,7 @@ from .simulate import Simulator
 from .trap import energy_from_frequency
 from ..plots import COLOURS, Section, Table, figure
 
-# %% ../../nbs/cres/26_evaluate.ipynb #c501c836
+# %% ../../nbs/cres/26_evaluate.ipynb #2ed512f5
 @dataclass(eq=False, repr=False)
 class Predictions:
     """What was predicted for n events. Indexing with a slice, mask or index array gives `Predictions` again.
@@ -97,7 +97,7 @@ class Predictions:
 
 _PER_EVENT = ("mean", "sigma", "quantiles", "weight", "modes", "widths")
 
-# %% ../../nbs/cres/26_evaluate.ipynb #334304d6
+# %% ../../nbs/cres/26_evaluate.ipynb #26861700
 def _check_predictions(p: Predictions) -> None:
     "Raise a `DataError` unless all arrays of `p` belong to the same events and targets."
     n, t = len(p.mean), len(p.targets)
@@ -134,7 +134,7 @@ def residual(
                         remedy="leave such events out; if all are NaN, the training has diverged")
     return r
 
-# %% ../../nbs/cres/26_evaluate.ipynb #e29ad030
+# %% ../../nbs/cres/26_evaluate.ipynb #d5843f5c
 def _arrow():
     "The package pyarrow; a `ConfigError` if it is not installed."
     try:
@@ -164,7 +164,7 @@ def table_writer(
                 write({k: np.asarray(v) for k, v in columns.items()})
         yield append
 
-# %% ../../nbs/cres/26_evaluate.ipynb #db4442a8
+# %% ../../nbs/cres/26_evaluate.ipynb #e56ef890
 @contextlib.contextmanager
 def _csv_writer(part: Path) -> Iterator[Callable]:
     with open(part, "w", newline="", encoding="utf-8") as f:
@@ -191,7 +191,7 @@ def _parquet_writer(part: Path) -> Iterator[Callable]:
             opened[0].write_table(table)
         yield write
 
-# %% ../../nbs/cres/26_evaluate.ipynb #4e5fc806
+# %% ../../nbs/cres/26_evaluate.ipynb #33d62dd0
 def read_columns(
     path: str | os.PathLike,  # ends in .csv or .parquet
 ) -> dict[str, np.ndarray]:  # name -> (n,) float64, or text where not all are numbers
@@ -222,7 +222,7 @@ def _numbers(values: Sequence) -> np.ndarray:
     except ValueError:
         return np.array(values)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #d9e1a9f5
+# %% ../../nbs/cres/26_evaluate.ipynb #d3d3c5e7
 def derived_name(name: str, mark: str) -> str:
     "Name of a column that belongs to `name`, with the unit last: energy_eV, sigma -> energy_sigma_eV."
     base, joint, unit = name.rpartition("_")
@@ -247,7 +247,7 @@ def write_table(path: str | os.PathLike, p: Predictions) -> None:
     with table_writer(path) as write:
         write(table_columns(p))
 
-# %% ../../nbs/cres/26_evaluate.ipynb #0d573282
+# %% ../../nbs/cres/26_evaluate.ipynb #6fed3207
 def read_table(
     path: str | os.PathLike,  # as `write_table`, or inference, writes it
 ) -> Predictions:
@@ -275,7 +275,7 @@ def read_table(
     return Predictions(targets, of[0][:, :, 0], of[0][:, :, 1], truth, rest, of[0][:, :, 2:] if levels else None,
                        levels or QUANTILES, weight, *of[1:])
 
-# %% ../../nbs/cres/26_evaluate.ipynb #a6fa6728
+# %% ../../nbs/cres/26_evaluate.ipynb #ea467825
 def noise_level_V(
     ts: Tensor,  # (n, 2, samples) in V
 ) -> Tensor:  # (n,) standard deviation of white noise in each quadrature
@@ -305,7 +305,7 @@ def observe(
     found = {"total_power": power.sum(1) - len(bins), "max_power": power.amax(1), "peak_frequency_Hz": frequency}
     return {k: v.cpu().numpy() for k, v in found.items()}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #0f26cc17
+# %% ../../nbs/cres/26_evaluate.ipynb #cb6b4cb4
 def noise_step(pipeline) -> AddNoise | AddColouredNoise | None:
     "The step of a pipeline that adds noise, if there is one."
     return next((m for m in pipeline.prep.modules() if isinstance(m, AddNoise | AddColouredNoise)), None)
@@ -324,7 +324,7 @@ def needs_noise(
 def _device(module) -> torch.device:
     return next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
 
-# %% ../../nbs/cres/26_evaluate.ipynb #df60180d
+# %% ../../nbs/cres/26_evaluate.ipynb #8f14d45c
 def event_blocks(
     events: Events | EventStore,
     size: int,  # events in a block
@@ -342,7 +342,7 @@ def event_blocks(
         ts = part.ts if noise is None else part.ts + part.noise[noise]
         yield replace(part, ts=ts[:, :, :samples], noise={})
 
-# %% ../../nbs/cres/26_evaluate.ipynb #63d5a35d
+# %% ../../nbs/cres/26_evaluate.ipynb #63b72374
 @torch.no_grad()
 def reconstruct(
     pipeline,  # trained `Pipeline` of prep and network
@@ -375,7 +375,7 @@ def reconstruct(
                                      observe(ts, events.sampling_rate_Hz, events.lo_frequency_Hz)))
     return join(parts)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #457ce808
+# %% ../../nbs/cres/26_evaluate.ipynb #3914e58d
 def _as_predictions(net, raw, truth: dict, observables: dict) -> Predictions:
     "One batch of raw outputs as `Predictions`."
     if net.config.task == "denoise":
@@ -397,7 +397,7 @@ def join(
         both[name] = {k: np.concatenate([getattr(p, name)[k] for p in parts]) for k in common}
     return replace(first, **both)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #c73c3a20
+# %% ../../nbs/cres/26_evaluate.ipynb #968c2f9c
 def core_fit(
     residuals: np.ndarray,  # (n,)
     weights: np.ndarray | None = None,  # (n,)
@@ -432,7 +432,7 @@ def _iterate_core(x: np.ndarray, w: np.ndarray, mean: float, sigma: float, steps
         sigma = max(math.sqrt(2 * (k @ (x - mean) ** 2) / total), least)
     return mean, sigma
 
-# %% ../../nbs/cres/26_evaluate.ipynb #d6b88346
+# %% ../../nbs/cres/26_evaluate.ipynb #f5ef6ebd
 FWHM = math.sqrt(8 * math.log(2))
 _SMOOTH, _STEP, _REACH = 0.3, 0.05, 8.0  # smoothing, bin and reach of the density of the core, in core sigmas
 
@@ -449,7 +449,7 @@ def half_maximum_width(
         ends.append(i - (half - side[i]) / (side[i - 1] - side[i]) if below.size else i)
     return math.sqrt(max((sum(ends) * _STEP) ** 2 - (FWHM * _SMOOTH) ** 2, 0.0))
 
-# %% ../../nbs/cres/26_evaluate.ipynb #e851bc5b
+# %% ../../nbs/cres/26_evaluate.ipynb #12826599
 TAIL = {"energy_eV": 3.0, "pitch_angle_deg": 0.03}
 "Residuals above this are in the tails."
 REPEATS = 200
@@ -472,7 +472,7 @@ def with_errors(
     errors = {k: np.std([d[k] for d in draws], ddof=1) if len(draws) > 1 else math.nan for k in statistic(weights)}
     return {k: {"value": float(v), "error": float(errors[k])} for k, v in statistic(weights).items()}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #a394f9bf
+# %% ../../nbs/cres/26_evaluate.ipynb #826ce355
 def residual_statistic(
     r: np.ndarray,  # (n,) residuals
     tail: float | None = None,  # what is larger is in the tails; None: nothing is said of tails
@@ -497,7 +497,7 @@ def residual_statistic(
         return found if tail is not None else {k: v for k, v in found.items() if k != "tail_fraction"}
     return statistic
 
-# %% ../../nbs/cres/26_evaluate.ipynb #5e96821d
+# %% ../../nbs/cres/26_evaluate.ipynb #80614bdc
 PERCENT = (10, 25, 50, 75, 100)
 ONE_SIGMA, TWO_SIGMA = (math.erf(k / math.sqrt(2)) for k in (1, 2))
 
@@ -525,7 +525,7 @@ def calibration_statistic(r: np.ndarray, sigma: np.ndarray) -> Statistic:
                 "z_rms": math.sqrt(w @ z**2 / total)}
     return statistic
 
-# %% ../../nbs/cres/26_evaluate.ipynb #b86f9b06
+# %% ../../nbs/cres/26_evaluate.ipynb #6d45493a
 NARROW = {"energy_eV": 1.0, "pitch_angle_deg": 0.01}
 "A posterior with a smaller standard deviation is narrow."
 
@@ -557,7 +557,7 @@ def _weighted_median(x: np.ndarray, w: np.ndarray) -> float:
     running = np.cumsum(w[order])
     return float(x[order[np.searchsorted(running, running[-1] / 2)]])
 
-# %% ../../nbs/cres/26_evaluate.ipynb #d067e234
+# %% ../../nbs/cres/26_evaluate.ipynb #18ef679a
 def efficiency_weights(
     p: Predictions,
     efficiency: Callable | None,  # of energy_eV, pitch_angle_deg and radius_m, as `cres.data.read_efficiency` gives
@@ -599,7 +599,7 @@ def figures_of_merit(
         raise DataError("events with a known truth", "none", row="truth")
     return found
 
-# %% ../../nbs/cres/26_evaluate.ipynb #a35fe560
+# %% ../../nbs/cres/26_evaluate.ipynb #75daef93
 def mean_baseline(
     train: Predictions,  # training events with their truth
     test: Predictions,  # events to predict
@@ -623,7 +623,7 @@ def peak_baseline(
     sigma = np.full((len(test), 1), off.std())
     return Predictions(("energy_eV",), (end + off.mean())[:, None], sigma, test.truth, test.observables)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #4688733b
+# %% ../../nbs/cres/26_evaluate.ipynb #6f7857ee
 def fit_temperature(
     p: Predictions,  # validation events, with unscaled sigmas
 ) -> np.ndarray:  # (T,) factors; 1 for a target without sigma or truth
@@ -642,7 +642,7 @@ def scale_sigma(p: Predictions, factors: np.ndarray) -> Predictions:
     widths = None if p.widths is None else p.widths * factors
     return replace(p, sigma=p.sigma * factors, quantiles=about(p.quantiles, p.mean[:, :, None]), widths=widths)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #9929207e
+# %% ../../nbs/cres/26_evaluate.ipynb #9980d78a
 @dataclass
 class Isotonic:
     "A table of z-scores and the fraction of truths below them, for each target."
@@ -675,7 +675,7 @@ class Isotonic:
         k = self.targets.index(target)
         return np.interp(level, self.level[k], self.z[k])
 
-# %% ../../nbs/cres/26_evaluate.ipynb #5f3a1401
+# %% ../../nbs/cres/26_evaluate.ipynb #25256aea
 def apply_isotonic(
     table: Isotonic,
     p: Predictions,  # with the sigmas that the table was fitted to
@@ -706,7 +706,7 @@ def band_coverage(
                      "error": math.sqrt(c * (1 - c) / len(y) + 0.25 / len(y) ** 2)})
     return rows
 
-# %% ../../nbs/cres/26_evaluate.ipynb #4b4f34c6
+# %% ../../nbs/cres/26_evaluate.ipynb #20d8af93
 CALIBRATION = "calibration.json"
 
 def _coverages(p: Predictions) -> dict:
@@ -748,7 +748,7 @@ def read_calibration(
     path = Path(folder) / CALIBRATION
     return read_json(path) if path.exists() else None
 
-# %% ../../nbs/cres/26_evaluate.ipynb #a7f35072
+# %% ../../nbs/cres/26_evaluate.ipynb #14f29401
 AXES = {  # label -> what to write, unit, factor to that unit
     "energy_eV": ("energy", "eV", 1.0), "pitch_angle_deg": ("pitch angle", "deg", 1.0),
     "avg_carrier_frequency_Hz": ("mean carrier", "GHz", 1e-9),
@@ -780,7 +780,7 @@ def variables(p: Predictions) -> dict[str, np.ndarray]:  # name -> (n,)
 _AGAINST = ("energy_eV", "pitch_angle_deg", "avg_carrier_frequency_Hz", "avg_axial_frequency_Hz", "radius_m",
             "start_time_s", "track_length_s", "total_power", "max_power")
 
-# %% ../../nbs/cres/26_evaluate.ipynb #43d0e8b3
+# %% ../../nbs/cres/26_evaluate.ipynb #4d57beca
 @contextlib.contextmanager
 def _panels(n: int, width: float = 2.6, height: float = 2.3, columns: int = 4, **options):
     "A figure with `n` panels in rows of up to `columns`, and the list of its axes."
@@ -792,20 +792,28 @@ def _panels(n: int, width: float = 2.6, height: float = 2.3, columns: int = 4, *
             ax.set_visible(False)
         yield fig, list(axes.flat[:n])
 
-def _density(ax, x: np.ndarray, y: np.ndarray, limit: float | None = None, bins: int = 80):
-    "Two-dimensional histogram with a logarithmic colour scale; `y` from -limit to limit, or all of it."
-    low, high = (y.min(), y.max()) if limit is None else (-limit, limit)
+def _density(ax, x: np.ndarray, y: np.ndarray, low: float, high: float):
+    "Two-dimensional histogram for `y` from `low` to `high`; the colour scale is logarithmic if counts differ much."
+    bins = int(np.clip(len(x) ** 0.5, 20, 80))
     edges = [np.linspace(a, b if b > a else a + 1, bins + 1) for a, b in ((x.min(), x.max()), (low, high))]
     counts = np.histogram2d(x, y, edges)[0].T
     ax.grid(False)
-    return ax.pcolormesh(*edges, np.where(counts > 0, counts, np.nan), norm=LogNorm(1, max(2, counts.max())),
-                         rasterized=True)
+    top = max(2, counts.max())
+    return ax.pcolormesh(*edges, np.where(counts > 0, counts, np.nan), rasterized=True,
+                         norm=LogNorm(1, top) if top > 20 else Normalize(0, top))
+
+def _log_if_wide(ax, axis: str, values: Sequence[float]) -> None:
+    "A logarithmic scale for the axis x or y if positive values span more than a decade; else a linear one."
+    values = np.asarray(values)[np.asarray(values) > 0]
+    if values.size and values.max() > 10 * values.min():
+        ax.set(**{f"{axis}scale": "log"})
+        getattr(ax, f"{axis}axis").set_minor_formatter(NullFormatter())
 
 def _reach(r: np.ndarray, part: float = 0.99) -> float:
     "Limit of an axis of residuals that holds `part` of them."
     return float(np.quantile(np.abs(r), part)) * 1.05 or 1.0
 
-# %% ../../nbs/cres/26_evaluate.ipynb #72c5cfae
+# %% ../../nbs/cres/26_evaluate.ipynb #59f93785
 def plot_distributions(p: Predictions) -> Figure:
     "Distributions of the true labels and of the observables."
     shown = varied({**p.truth, **p.observables})
@@ -821,13 +829,14 @@ def plot_truth(p: Predictions) -> Figure:
     with _panels(len(known), 3.4, 3.0) as (fig, axes):
         for ax, name in zip(axes, known, strict=True):
             x, y = (in_unit(name, v) for v in (p.truth[name], p.mean[:, _target(p, name)]))
-            drawn = _density(ax, x, np.clip(y, x.min() - 0.2 * np.ptp(x), x.max() + 0.2 * np.ptp(x)))
+            low, high = x.min() - 0.2 * np.ptp(x), x.max() + 0.2 * np.ptp(x)
+            drawn = _density(ax, x, np.clip(y, low, high), low, high)
             ax.plot([x.min(), x.max()], [x.min(), x.max()], "--", color=COLOURS[1], linewidth=0.8)
             ax.set(xlabel=axis_label(name, "true"), ylabel=axis_label(name, "predicted"))
             fig.colorbar(drawn, ax=ax, label="events")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #4ad7672d
+# %% ../../nbs/cres/26_evaluate.ipynb #0c1e52c7
 def plot_residuals(p: Predictions) -> Figure:
     "Residuals of each target: the core with its fit, and all of them."
     known = [k for k in p.targets if k in p.truth]
@@ -854,7 +863,7 @@ def plot_residuals(p: Predictions) -> Figure:
             row[1].set(yscale="log", ylim=(0.5, 2 * len(r)), title=f"RMS {tables['rms']:.3g}, {len(r):,} events")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #01eab716
+# %% ../../nbs/cres/26_evaluate.ipynb #ec751a84
 GOAL_EV = 0.3
 "The aim for the energy resolution, one standard deviation."
 
@@ -899,7 +908,7 @@ def plot_width_against_count(p: Predictions) -> Figure:
             ax.xaxis.label.set_size(8)
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #98be6192
+# %% ../../nbs/cres/26_evaluate.ipynb #56aa06e8
 def plot_all_against_all(p: Predictions) -> Figure:
     "Residual of every target against every true label and observable."
     shown, known = variables(p), [k for k in p.targets if k in p.truth]
@@ -907,7 +916,7 @@ def plot_all_against_all(p: Predictions) -> Figure:
         for row, (name, values) in zip(axes, shown.items(), strict=True):
             for ax, target in zip(row, known, strict=True):
                 r = in_unit(target, residual(p, target))
-                _density(ax, in_unit(name, values), r, _reach(r))
+                _density(ax, in_unit(name, values), r, -_reach(r), _reach(r))
                 ax.axhline(0, color=COLOURS[1], linestyle="--", linewidth=0.8)
                 ax.set(xlabel=axis_label(name), ylabel=f"residual\n{axis_label(target)}")
     return fig
@@ -920,13 +929,13 @@ def plot_power(p: Predictions) -> Figure:
             if name not in p.observables:
                 raise DataError("observables of the waveform", f"no {name}", row=name)
             for ax, limit in zip(row, (max(_reach(r, 0.999), 2 * tail), 20.0), strict=True):
-                fig.colorbar(_density(ax, p.observables[name], r, limit), ax=ax, label="events")
+                fig.colorbar(_density(ax, p.observables[name], r, -limit, limit), ax=ax, label="events")
                 for y in (-tail, tail):
                     ax.axhline(y, color=COLOURS[1], linewidth=0.8)
                 ax.set(xlabel=axis_label(name), ylabel="energy residual [eV]")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #337cbbca
+# %% ../../nbs/cres/26_evaluate.ipynb #9945d5da
 def plot_frequencies(
     p: Predictions,
     largest_eV: float = 20.0,  # end of the colour scale
@@ -965,7 +974,7 @@ def plot_reconstructed(p: Predictions) -> Figure:
         axes[0, 0].legend(loc="upper left", ncols=2)
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #a204bf0a
+# %% ../../nbs/cres/26_evaluate.ipynb #72a45dbd
 def by_track_length(
     p: Predictions,  # with the label `track_length_s`
     groups: int = 5,  # of equal numbers of events
@@ -995,7 +1004,7 @@ def plot_length(
         ax.legend()
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #4c6b1816
+# %% ../../nbs/cres/26_evaluate.ipynb #84eefae7
 def plot_calibration(
     p: Predictions,
     others: Mapping[str, Predictions] | None = None,  # the same events calibrated otherwise, for the curve of coverage
@@ -1026,18 +1035,18 @@ def plot_calibration(
 def _draw_spread(ax, r: np.ndarray, sigma: np.ndarray, name: str, groups: int = 15) -> None:
     "RMS and core width of the residuals in groups of similar predicted sigma."
     parts = np.array_split(sigma.argsort(kind="stable"), max(1, min(groups, len(r) // 20)))
-    claimed = [np.sqrt(np.mean(sigma[i] ** 2)) for i in parts]
-    ax.plot(claimed, [np.sqrt(np.mean(r[i] ** 2)) for i in parts], "o", label="RMS")
+    claimed, rms = ([np.sqrt(np.mean(x[i] ** 2)) for i in parts] for x in (sigma, r))
+    ax.plot(claimed, rms, "o", label="RMS")
     ax.plot(claimed, [core_fit(r[i])[1] for i in parts], "^", label="core sigma")
     ends = [min(claimed), max(claimed)]
     ax.plot(ends, ends, "k:", linewidth=1, label="as predicted")
-    ax.set(xlabel=axis_label(name, "predicted sigma of"), ylabel=f"spread of residuals [{name.rpartition('_')[2]}]",
-           xscale="log", yscale="log")
+    ax.set(xlabel=axis_label(name, "predicted sigma of"), ylabel=f"spread of residuals [{name.rpartition('_')[2]}]")
     ax.xaxis.label.set_size(8)
-    ax.xaxis.set_minor_formatter(NullFormatter())
+    for axis in ("x", "y"):
+        _log_if_wide(ax, axis, [*claimed, *rms])
     ax.legend()
 
-# %% ../../nbs/cres/26_evaluate.ipynb #4c51457e
+# %% ../../nbs/cres/26_evaluate.ipynb #a002a705
 def plot_sigma_against(p: Predictions, bins: int = 20) -> Figure:
     "RMS of the predicted sigma, and of the residuals, in bins of every variable, for each target."
     known = [k for i, k in enumerate(p.targets) if k in p.truth and np.isfinite(p.sigma[:, i]).all()]
@@ -1049,11 +1058,13 @@ def plot_sigma_against(p: Predictions, bins: int = 20) -> Figure:
             edges = np.linspace(x.min(), x.max(), bins + 1)
             place = np.clip(np.searchsorted(edges, x, "right") - 1, 0, bins - 1)
             count = np.bincount(place, minlength=bins)
-            seen = count >= 5
+            seen, drawn = count >= 5, []
             for values, mark, label in ((sigma, "o", "predicted"), (r, "_", "actual")):
-                rms = np.sqrt(np.bincount(place, values**2, bins) / np.maximum(count, 1))
-                ax.plot(((edges[1:] + edges[:-1]) / 2)[seen], rms[seen], mark, label=label, markersize=4)
-            ax.set(xlabel=axis_label(name), ylabel=f"RMS, {axis_label(target)}", yscale="log")
+                rms = np.sqrt(np.bincount(place, values**2, bins) / np.maximum(count, 1))[seen]
+                ax.plot(((edges[1:] + edges[:-1]) / 2)[seen], rms, mark, label=label, markersize=4)
+                drawn += rms.tolist()
+            ax.set(xlabel=axis_label(name), ylabel=f"RMS, {axis_label(target)}", ylim=(0, None))
+            _log_if_wide(ax, "y", drawn)
         if axes:
             axes[0].legend()
     return fig
@@ -1071,12 +1082,12 @@ def plot_efficiency_curve(
             axes[0].plot(100 * kept / len(r), [np.sqrt(np.mean(ranked[:k] ** 2)) for k in kept], label=label)
             axes[1].plot(100 * kept / len(r), [np.median(np.abs(ranked[:k])) for k in kept], label=label)
         for ax, what in zip(axes, ("RMS", "median |residual|"), strict=True):
-            ax.yaxis.set_minor_formatter(NullFormatter())
-            ax.set(xlabel="best events kept [%]", ylabel=f"{what}, {axis_label(target)}", yscale="log", xlim=(0, 100))
+            ax.set(xlabel="best events kept [%]", ylabel=f"{what}, {axis_label(target)}", xlim=(0, 100), ylim=(0, None))
+            _log_if_wide(ax, "y", np.concatenate([line.get_ydata() for line in ax.lines]))
         axes[0].legend()
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #232a3768
+# %% ../../nbs/cres/26_evaluate.ipynb #03e72ae6
 def plot_denoising(
     noisy: np.ndarray, clean: np.ndarray, denoised: np.ndarray,  # (n, 2, samples) in V
     sampling_rate_Hz: float = SAMPLING_RATE_HZ,
@@ -1110,7 +1121,7 @@ def plot_denoising(
         axes[-1, 1].set(xlabel="mean square of the clean signal [mV²]", ylabel="noise removed, factor", yscale="log")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #903caf1b
+# %% ../../nbs/cres/26_evaluate.ipynb #92c42b17
 COLUMNS_SHOWN = (("core_sigma", "core σ"), ("fwhm_half_maximum", "FWHM"), ("rms", "RMS"),
                  ("tail_fraction", "tail fraction"), ("median_abs", "median |residual|"), ("bias", "bias"))
 
@@ -1153,7 +1164,7 @@ def _merit_cells(row: Mapping, target: str) -> list[str]:
     scale = _table_unit(target)[1]
     return [_cell(row.get(key), 1.0 if key == "tail_fraction" else scale) for key, _ in COLUMNS_SHOWN]
 
-# %% ../../nbs/cres/26_evaluate.ipynb #7fd7d8af
+# %% ../../nbs/cres/26_evaluate.ipynb #8805ab24
 def calibration_rows(metrics: Mapping) -> tuple[list[str], list[list[str]]]:  # column titles, rows
     "Coverage of the network for each target."
     names = ("coverage_1_sigma", "coverage_2_sigma", "z_rms")
@@ -1180,7 +1191,7 @@ def limit_text(metrics: Mapping) -> list[str]:
             f"{_cell(metrics[target]['limit']['narrow_ratio'])} times what the posterior allows."
             for target in judged(metrics) if "limit" in metrics[target]]
 
-# %% ../../nbs/cres/26_evaluate.ipynb #ad4b4ac4
+# %% ../../nbs/cres/26_evaluate.ipynb #015df3c9
 def doubts(metrics: Mapping) -> list[str]:  # warnings; empty if all is as it should be
     "What a reader of these metrics should be warned about."
     said = []
@@ -1222,7 +1233,7 @@ def print_table(metrics: Mapping, console: Console | None = None) -> None:
     for text in limit_text(metrics):
         console.print(text, highlight=False)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #03ebc703
+# %% ../../nbs/cres/26_evaluate.ipynb #d3b15273
 def _figures(
     p: Predictions, limit: Predictions | None, others: Mapping[str, Predictions]
 ) -> dict[str, tuple[Figure, str]]:
@@ -1254,7 +1265,7 @@ def _figures(
               "width_against_count": "energy_eV" in p.targets}
     return {name: (make(), text) for name, (make, text) in makers.items() if wanted.get(name, True)}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #3a8924ca
+# %% ../../nbs/cres/26_evaluate.ipynb #8c64175a
 def report(
     folder: str | os.PathLike,  # the run folder, or any other to write into
     p: Predictions,  # of test events
@@ -1288,7 +1299,7 @@ def report(
     write_json(folder / "metrics.json", metrics)
     return metrics
 
-# %% ../../nbs/cres/26_evaluate.ipynb #f1f92ad0
+# %% ../../nbs/cres/26_evaluate.ipynb #9135c439
 def report_sections(
     metrics: Mapping, made: Mapping[str, tuple[Figure, str]], calibration: Mapping | None
 ) -> list[Section]:
@@ -1325,7 +1336,7 @@ def report_sections(
                 figures=pick("history", "distributions")),
     ]
 
-# %% ../../nbs/cres/26_evaluate.ipynb #b83fa29a
+# %% ../../nbs/cres/26_evaluate.ipynb #6a28faab
 _FIRST = {"valid": 0, "test": 1_000_000_000}  # number of the first event, for its noise
 
 def part_events(
@@ -1362,7 +1373,7 @@ def check_events(
         raise DataError(f"at least {config.data.samples} samples, as in the training", str(events.samples), path,
                         remedy="use longer events, or a network trained for shorter ones")
 
-# %% ../../nbs/cres/26_evaluate.ipynb #c60a1a0a
+# %% ../../nbs/cres/26_evaluate.ipynb #26b71e2a
 def evaluate(
     run,  # `deadlayer_cres.train.Run`
     config,  # its `cres.train.Config`
@@ -1414,7 +1425,7 @@ def _facts(run, config, pipeline, noise: str, calibrate: str) -> dict:
             "minutes of training": round(sum(r["seconds"] for r in rows) / 60, 1), "noise of the test": noise,
             "calibration": calibrate, "data checksum": run.environment.get("data_checksum")}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #311b5abc
+# %% ../../nbs/cres/26_evaluate.ipynb #b30c0de2
 @torch.no_grad()
 def denoise_events(
     pipeline,  # whose network denoises
@@ -1433,7 +1444,7 @@ def denoise_events(
     rate = 1 / float(quiet.time_s[1] - quiet.time_s[0])
     return *((x * factor).cpu().numpy() for x in (*series, out)), rate
 
-# %% ../../nbs/cres/26_evaluate.ipynb #6cd61ace
+# %% ../../nbs/cres/26_evaluate.ipynb #a0877037
 def read_metrics(
     folder: str | os.PathLike,  # a run folder
 ) -> dict:

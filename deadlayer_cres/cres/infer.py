@@ -481,7 +481,7 @@ def plot_windows(result: TrackResult):  # a matplotlib figure
         for k, (name, label) in enumerate((("energy_eV", "as found"), ("energy_at_start_eV", "brought to the start"))):
             r = w[name] - truth[row]
             fits = {n: core_fit(r[w["window"] == n]) for n in np.unique(w["window"]) if (w["window"] == n).sum() > 4}
-            value, error = zip(*fits.values(), strict=True) if fits else ((), ())
+            value, error = ([f[i] for f in fits.values()] for i in (0, 1))
             axes[0].errorbar(np.array(list(fits)) + 0.2 * k, value, error,
                              fmt="o", color=COLOURS[k], label=label)
         axes[0].axhline(0, color="k", linestyle=":", linewidth=0.8)

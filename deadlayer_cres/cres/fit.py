@@ -6,7 +6,7 @@
 __all__ = ['LEVELS', 'PARAMETERS', 'TrapTable', 'trap_table', 'Cells', 'RidgeConfig', 'Ridge', 'Places', 'Posterior', 'Modes',
            'modes', 'single_mode', 'summaries', 'plot_corner', 'line_information', 'Fisher', 'fisher']
 
-# %% ../../nbs/cres/27_fit.ipynb #79be199b
+# %% ../../nbs/cres/27_fit.ipynb #d4e43bcb
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -22,7 +22,7 @@ from ..core import ELECTRON_MASS_EV, ConfigError, DataError
 from .simulate import SimulateConfig, Simulator
 from .trap import comb, cyclotron_frequency, energy_from_frequency
 
-# %% ../../nbs/cres/27_fit.ipynb #2604ba64
+# %% ../../nbs/cres/27_fit.ipynb #9a602484
 def _speed(energy_eV):
     "Speed in units of that of light."
     return (energy_eV * (energy_eV + 2 * ELECTRON_MASS_EV)) ** 0.5 / (energy_eV + ELECTRON_MASS_EV)
@@ -53,7 +53,7 @@ class TrapTable(NamedTuple):
         flat, i = self.values.flatten(0, 1), row * self.values.shape[1] + k
         return torch.lerp(flat[i], flat[i + 1], (place - k)[:, None])
 
-# %% ../../nbs/cres/27_fit.ipynb #19533520
+# %% ../../nbs/cres/27_fit.ipynb #e5bab0b1
 def _calculated(s: Simulator, orders, angles: int, radii: int) -> np.ndarray:  # (radii, angles, 2 + K)
     "Axial frequency, mean field and line strengths on a coarse grid."
     e = s.config.electrons
@@ -104,7 +104,7 @@ def trap_table(
     return TrapTable(t(values), torch.tensor(orders, device=s.device), radius[1], grid[0], grid[1] - grid[0],
                      t(w[:, 0]), t(w[:, -1]), (e.energy_low_eV + e.energy_high_eV) / 2)
 
-# %% ../../nbs/cres/27_fit.ipynb #0eb217d9
+# %% ../../nbs/cres/27_fit.ipynb #08f5d692
 _OVER = 8  # points of the spectrum in one over the length of the record
 
 def _log_i0(x: Tensor) -> Tensor:
@@ -151,7 +151,7 @@ def _total(value: Tensor, event: Tensor, n: int) -> Tensor:
     "Sum of the values of each of n events."
     return value.new_zeros(n).index_add_(0, event, value)
 
-# %% ../../nbs/cres/27_fit.ipynb #b261d3b5
+# %% ../../nbs/cres/27_fit.ipynb #1d824412
 @dataclass(frozen=True)
 class RidgeConfig:
     "How the posterior is calculated. The defaults are exact to a few hundredths of its width."
@@ -202,7 +202,7 @@ class Ridge:
         self._chirp()
         self._prepare_scan()
 
-# %% ../../nbs/cres/27_fit.ipynb #6b0bbac1
+# %% ../../nbs/cres/27_fit.ipynb #69ad5b04
 def _band(self: Ridge, lo_Hz: float) -> None:
     "Which bins of the Fourier transform hold the lines, and where the carriers are."
     field, axial = self.table.values[..., 1], float(self.table.values[..., 0].max())
@@ -249,7 +249,7 @@ def _between(D: Tensor, event: Tensor, x: Tensor) -> Tensor:
 
 Ridge._band, Ridge._chirp, Ridge.spectrum = _band, _chirp, _spectrum
 
-# %% ../../nbs/cres/27_fit.ipynb #8dd6ec10
+# %% ../../nbs/cres/27_fit.ipynb #2ed96bf1
 class Places(NamedTuple):
     "What is known of m cells, each field (m,)."
 
@@ -294,7 +294,7 @@ def _line_x(self: Ridge, place: Places, line: int) -> Tensor:
 
 Ridge.places, Ridge.power_response, Ridge.line_snr2, Ridge.line_x = _places, _power_response, _line_snr2, _line_x
 
-# %% ../../nbs/cres/27_fit.ipynb #86e5c029
+# %% ../../nbs/cres/27_fit.ipynb #30f8e7e0
 def _pools(P: Tensor, count: int) -> Tensor:  # (count, n, M)
     "Largest values of P (n, M) within 1, 4, 13, 40 ... points."
     out, F = [P], torch.nn.functional
@@ -344,7 +344,7 @@ def _middle(v: Tensor, inside: Tensor) -> tuple[Tensor, Tensor]:
 
 Ridge._prepare_scan = _prepare_scan
 
-# %% ../../nbs/cres/27_fit.ipynb #e6060b7f
+# %% ../../nbs/cres/27_fit.ipynb #9f0766cc
 def _scan(self: Ridge, P: Tensor, pooled: Tensor) -> tuple[Tensor, ...]:  # event, point, index of W, B
     "Pairs of a main line and a W that may explain the power spectra P (n, M); pooled (pools, n, M)."
     n, M = P.shape
@@ -393,7 +393,7 @@ def _start(self: Ridge, P: Tensor, pooled: Tensor) -> Cells:
 
 Ridge._scan, Ridge._start = _scan, _start
 
-# %% ../../nbs/cres/27_fit.ipynb #de731058
+# %% ../../nbs/cres/27_fit.ipynb #fedb3f01
 _TONE = _OVER * math.sqrt(6) / (2 * math.pi)  # standard deviation of a tone's frequency, in points times SNR
 
 def _power(self: Ridge, D: Tensor, pooled: Tensor, event: Tensor, x: Tensor, reach: Tensor) -> Tensor:
@@ -442,7 +442,7 @@ def _needs(self: Ridge, c: Cells, exponent: Tensor, snr2: Tensor, peak: Tensor) 
 
 Ridge._power, Ridge._pair, Ridge._kept, Ridge._needs = _power, _pair, _kept, _needs
 
-# %% ../../nbs/cres/27_fit.ipynb #6d3e3f72
+# %% ../../nbs/cres/27_fit.ipynb #3dd0d97b
 def _cells(self: Ridge, D: Tensor) -> Cells:
     "The fine cells that hold the posteriors of spectra D (n, M)."
     n = len(D)
@@ -471,7 +471,7 @@ def _cells(self: Ridge, D: Tensor) -> Cells:
 
 Ridge.cells = _cells
 
-# %% ../../nbs/cres/27_fit.ipynb #2644c68e
+# %% ../../nbs/cres/27_fit.ipynb #107d403c
 def _independent(self: Ridge, D: Tensor, c: Cells, place: Places) -> Tensor:  # (m,)
     "Log likelihood ratio of lines whose phases are independent."
     value = torch.zeros_like(place.x)
@@ -517,22 +517,7 @@ def _log_posterior(self: Ridge, D: Tensor, c: Cells) -> tuple[Tensor, ...]:  # (
 
 Ridge._independent, Ridge._coherent, Ridge.log_posterior = _independent, _coherent, _log_posterior
 
-# %% ../../nbs/cres/27_fit.ipynb #43cec11d
-def _runs(event: Tensor, weight: Tensor, energy: Tensor, n: int, gap_eV: float, tail: float) -> tuple[Tensor, Tensor]:
-    "Cells that hold all but `tail` of the probability, by event and energy, and the number of the run of each."
-    order = torch.argsort(weight)
-    order = order[torch.argsort(event[order], stable=True)]
-    e = event[order]
-    sums = weight[order].cumsum(0)
-    first = torch.searchsorted(e, torch.arange(n, device=e.device))
-    before = torch.nn.functional.pad(sums, (1, 0))[first]
-    keep = order[sums - before[e] > tail]
-    keep = keep[torch.argsort(energy[keep])]
-    keep = keep[torch.argsort(event[keep], stable=True)]
-    new = (event[keep].diff() != 0) | (energy[keep].diff() > gap_eV)
-    return keep, torch.nn.functional.pad(new.long().cumsum(0), (1, 0))
-
-# %% ../../nbs/cres/27_fit.ipynb #5ac1d2e0
+# %% ../../nbs/cres/27_fit.ipynb #a432b3a5
 @dataclass
 class Posterior:
     "Posteriors of n events as m weighted cells; the weights of an event sum to 1, its cells lie together."
@@ -586,7 +571,21 @@ class Posterior:
         return Posterior(self.event[i] * 0, self.weight[i], self.energy_eV[i], self.pitch_angle_deg[i],
                          self.radius_m[i], self.log_evidence[event:event + 1])
 
-# %% ../../nbs/cres/27_fit.ipynb #d98bd6da
+# %% ../../nbs/cres/27_fit.ipynb #ddfa760f
+def _runs(event: Tensor, weight: Tensor, energy: Tensor, n: int, gap_eV: float, tail: float) -> tuple[Tensor, Tensor]:
+    "Cells that hold all but `tail` of the probability, by event and energy, and the number of the run of each."
+    order = torch.argsort(weight)
+    order = order[torch.argsort(event[order], stable=True)]
+    e = event[order]
+    sums = weight[order].cumsum(0)
+    first = torch.searchsorted(e, torch.arange(n, device=e.device))
+    before = torch.nn.functional.pad(sums, (1, 0))[first]
+    keep = order[sums - before[e] > tail]
+    keep = keep[torch.argsort(energy[keep])]
+    keep = keep[torch.argsort(event[keep], stable=True)]
+    new = (event[keep].diff() != 0) | (energy[keep].diff() > gap_eV)
+    return keep, torch.nn.functional.pad(new.long().cumsum(0), (1, 0))
+
 class Modes(NamedTuple):
     "Modes of several events, by event and falling weight, each field (k,)."
 
@@ -627,7 +626,7 @@ def single_mode(
     narrow = m.event[(m.weight >= weight) & (m.energy_sigma_eV <= sigma_eV)]
     return torch.zeros(len(p), dtype=torch.bool, device=m.weight.device).index_fill_(0, narrow, True)
 
-# %% ../../nbs/cres/27_fit.ipynb #72869e31
+# %% ../../nbs/cres/27_fit.ipynb #3146fa3b
 def _posterior(self: Ridge, ts: Tensor) -> Posterior:
     """Posteriors of records (n, 2, samples) in V, with noise. Raises `DataError` for records of another shape.
 
@@ -679,7 +678,7 @@ def summaries(
         out.append(row)
     return {k: np.concatenate([row[k].cpu().numpy() for row in out]) for k in out[0]}
 
-# %% ../../nbs/cres/27_fit.ipynb #e818b481
+# %% ../../nbs/cres/27_fit.ipynb #9bc4f28f
 def plot_corner(
     p: Posterior,
     event: int = 0,
@@ -730,7 +729,7 @@ def _ranges(p: Posterior, tail: float = 1e-3) -> list[tuple[float, float]]:
         out.append((low - margin, high + margin))
     return out
 
-# %% ../../nbs/cres/27_fit.ipynb #e0d91199
+# %% ../../nbs/cres/27_fit.ipynb #ddbd9d3f
 def line_information(
     amplitude: Tensor,  # (n, K) complex128 in V
     d_amplitude: Tensor,  # (n, P, K) complex128, derivatives by P parameters
@@ -750,7 +749,7 @@ def line_information(
     moments = torch.stack([sums[k:k + 3] for k in range(3)]).to(terms.dtype)
     return torch.einsum("npka,ab,nqkb->npq", terms.conj(), moments, terms).real / sigma_V**2
 
-# %% ../../nbs/cres/27_fit.ipynb #c0ab8b55
+# %% ../../nbs/cres/27_fit.ipynb #c7f3ccc3
 PARAMETERS = ("energy_eV", "pitch_angle_deg", "radius_m", "axial_phase", "cyclotron_phase", "start_time_s")
 
 class Fisher(NamedTuple):

@@ -286,6 +286,8 @@ def test_training_noise_is_fresh(tmp_path, store, numbered):
     noise = mine - mine.mean(0)
     correlation = torch.corrcoef(noise.flatten(1))
     assert (correlation - torch.eye(4)).abs().max() < 0.5  # -1/3 for what is independent, less its mean
+    epochs = x.unflatten(0, (2, -1)).flatten(2)  # the noise by its place in the epoch, whatever event came there
+    assert all(torch.corrcoef(pair)[0, 1].abs() < 0.5 for pair in epochs.transpose(0, 1))
 
 
 def test_no_event_is_on_two_sides(tmp_path, events, store):

@@ -83,7 +83,7 @@ def failing_writes(path: str | os.PathLike) -> Iterator[None]:
         yield
     except (OSError, RuntimeError) as e:
         raise DataError("a place to write to", f"{type(e).__name__}: {e}", path,
-                        remedy="free some space, check permissions or choose another place; no part of it was left") from e
+                        remedy="free space, check permissions or choose another place; no part of it was left") from e
 
 # %% ../nbs/00_core.ipynb #e7a8fe94
 def derive_seed(

@@ -326,7 +326,8 @@ def _file_batches(self: FileSource, part: Literal["train", "valid"], columns: Se
                "noise": self.added}
     place = where_to_hold(8 * self.samples * len(rows) * (3 if self.added else 1), c.in_memory, self.device)
     if place is None and isinstance(self.events, EventStore):
-        return Numbered(BlockBatches(self.events, c.batch_size, rows, samples=self.samples, workers=c.workers, **options))
+        options |= {"samples": self.samples, "workers": c.workers}
+        return Numbered(BlockBatches(self.events, c.batch_size, rows, **options))
     return Numbered(EventBatches(self.read(rows, self.added), c.batch_size, device=place or "cpu", **options))
 
 def _file_sample(self: FileSource) -> tuple[np.ndarray, np.ndarray, np.ndarray | None]:
@@ -502,11 +503,15 @@ def plot_training(
     target: str,  # their name and unit
 ):  # a matplotlib figure
     "Losses, learning rate, resolution and calibration by epoch, and the residuals of the last one."
+    from matplotlib.ticker import LogFormatter
+
     from deadlayer_cres.plots import figure
 
+    name, _, unit = target.rpartition("_")
+    residual = f"{name.replace('_', ' ')} residual [{unit}]"
     epoch = [row["epoch"] + 1 for row in history]
     panels = [("loss", [k for k in history[0] if k.endswith("_loss")]), ("learning rate", ["lr"]),
-              (f"residual of {target}", [k for k in history[0] if k.startswith(("rms_", "core_sigma_"))]),
+              (residual, [k for k in history[0] if k.startswith(("rms_", "core_sigma_"))]),
               ("coverage of 1 sigma", [k for k in history[0] if k == "coverage_1sigma"])]
     with figure(1, 5, width=11, height=2.2) as (fig, axes):
         for ax, (label, names) in zip(axes, panels, strict=False):
@@ -517,14 +522,15 @@ def plot_training(
                 ax.legend()
             if not names:
                 ax.text(0.5, 0.5, "not predicted", ha="center", transform=ax.transAxes)
-        for ax in axes[1:3]:
+        for ax, minor in ((axes[1], ""), (axes[2], LogFormatter(minor_thresholds=(2, 0.5)))):
             ax.set_yscale("log")
-            ax.yaxis.set_minor_formatter("")
+            ax.yaxis.set_major_formatter("{x:g}")
+            ax.yaxis.set_minor_formatter(minor)
         axes[3].axhline(0.6827, color="grey", linestyle=":")
         if len(residuals):
             reach = 5 * np.diff(np.quantile(residuals, _CENTRAL))[0] / 2 + 1e-12
             axes[4].hist(residuals.clip(-reach, reach), bins=60, histtype="stepfilled", alpha=0.7)
-        axes[4].set(xlabel=f"residual of {target}", ylabel="events per bin", title="outliers at the ends", yscale="log")
+        axes[4].set(xlabel=residual, ylabel="events per bin", title="outliers at the ends", yscale="log")
     return fig
 
 # %% ../../nbs/cres/29_train.ipynb #3e854a14

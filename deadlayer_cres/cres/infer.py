@@ -422,9 +422,11 @@ def infer_track_files(
     summary.seconds = time.perf_counter() - began
     return summary, first
 
+_AT_ONCE = 2**24  # samples of tracks held at a time
+
 def _track_blocks(events: Events | EventStore, noise: str) -> Iterator[tuple[int, Events]]:
     "Events of a file in blocks of some 128 MB, with the row of the first."
-    size = max(1, 2**24 // events.samples)
+    size = max(1, _AT_ONCE // events.samples)
     for start in range(0, len(events), size):
         here = slice(start, start + size)
         recorded = (noise,) if noise not in ("auto", "none", "add") else ()

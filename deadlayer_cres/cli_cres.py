@@ -7,7 +7,7 @@ __all__ = ['SHOWN', 'VERBS', 'add_simulate', 'simulate', 'fixed_set', 'folder_si
            'add_train', 'train', 'add_evaluate', 'evaluate', 'given_events', 'add_infer', 'infer', 'infer_tracks',
            'add_compare', 'compare', 'add_demo', 'demo_config', 'demo', 'demo_rows', 'cres']
 
-# %% ../nbs/91_cli_cres.ipynb #4645f5b5
+# %% ../nbs/91_cli_cres.ipynb #8bdd95b7
 import os
 import sys
 import time
@@ -19,7 +19,7 @@ from jsonargparse import ActionConfigFile, Namespace
 from .cli import Parser, check_target, config_from_args, describe, print_pairs, run_program
 from .core import ConfigError, DataError
 
-# %% ../nbs/91_cli_cres.ipynb #9ca904e6
+# %% ../nbs/91_cli_cres.ipynb #f83c33d1
 def add_simulate(p: Parser) -> None:
     from deadlayer_cres.cres.simulate import TEST_SETS, SimulateConfig
 
@@ -49,7 +49,7 @@ def simulate(args: Namespace) -> None:
         "shards": len(index["shards"]), "columns": ", ".join(index["columns"]),
         "written": f"{folder_size(args.out) / 1e6:,.1f} MB in {seconds:.1f} s"})
 
-# %% ../nbs/91_cli_cres.ipynb #61c4b18a
+# %% ../nbs/91_cli_cres.ipynb #5734f95a
 def fixed_set(name: str, config):
     "The settings of a test set with the number of events of `config`; a `ConfigError` if other settings were changed."
     from deadlayer_cres.cres.simulate import TEST_SETS, SimulateConfig, test_set
@@ -66,7 +66,7 @@ def folder_size(path: str) -> int:
     "Bytes of the files in a folder."
     return sum(p.stat().st_size for p in Path(path).iterdir())
 
-# %% ../nbs/91_cli_cres.ipynb #2fb38aed
+# %% ../nbs/91_cli_cres.ipynb #edb61162
 def add_prepare(p: Parser) -> None:
     from deadlayer_cres.cres.data import PrepareConfig
 
@@ -108,7 +108,7 @@ def counted(file) -> str:
     dropped = "".join(f", {n} {reason}" for reason, n in file.dropped.items())
     return f"{file.read} read, {file.kept} kept{dropped}"
 
-# %% ../nbs/91_cli_cres.ipynb #bf123ec6
+# %% ../nbs/91_cli_cres.ipynb #9bbe6cbe
 def add_train(p: Parser) -> None:
     from deadlayer_cres.cres.train import Config
 
@@ -130,7 +130,7 @@ def train(args: Namespace) -> None:
     best = min(run.history, key=lambda row: row["valid_loss"])
     print_pairs(f"Trained {run.path}", {k: v if k == "epoch" else f"{v:.4g}" for k, v in best.items()})
 
-# %% ../nbs/91_cli_cres.ipynb #2abbd993
+# %% ../nbs/91_cli_cres.ipynb #568eee4b
 def add_evaluate(p: Parser) -> None:
     p.add_argument("run", type=str, help="run folder")
     p.add_argument("--data", nargs="+", type=str,
@@ -166,7 +166,7 @@ def evaluate(args: Namespace) -> None:
         print(f"warning: {text}", file=sys.stderr)
     print(f"report: {Path(args.out or run.path) / 'report.html'}")
 
-# %% ../nbs/91_cli_cres.ipynb #48bc364f
+# %% ../nbs/91_cli_cres.ipynb #07cd290d
 def given_events(args: Namespace, config):
     "The test events that the user names; None for those of the run."
     from deadlayer_cres.cres.data import EventStore, concatenate, read_events
@@ -181,7 +181,7 @@ def given_events(args: Namespace, config):
         return EventStore(args.data, *expected)
     return concatenate([read_events(p, *expected) for p in args.data])
 
-# %% ../nbs/91_cli_cres.ipynb #289421db
+# %% ../nbs/91_cli_cres.ipynb #ec00176f
 def add_infer(p: Parser) -> None:
     p.add_argument("run", type=str, help="run folder")
     p.add_argument("files", nargs="+", type=str, help="files of any known layout, stores or patterns")
@@ -215,7 +215,7 @@ def infer(args: Namespace) -> None:
         "longer than the network's, first samples used": f"{done.shortened:,}",
         **({"clean, noise was added": ", ".join(map(near, done.clean))} if done.clean else {})})
 
-# %% ../nbs/91_cli_cres.ipynb #65aa8538
+# %% ../nbs/91_cli_cres.ipynb #9c7af68f
 def infer_tracks(args: Namespace) -> None:
     "Infer full tracks, and draw the first."
     from deadlayer_cres.cres.infer import infer_track_files, plot_track, windows_name
@@ -234,7 +234,7 @@ def infer_tracks(args: Namespace) -> None:
     print_pairs(f"Inferred {done.out}", {"tracks": f"{done.events:,} of {done.files:,} files in {done.seconds:.1f} s",
                 "windows": windows_name(args.out), "first track": picture})
 
-# %% ../nbs/91_cli_cres.ipynb #82067571
+# %% ../nbs/91_cli_cres.ipynb #d3bc99f5
 def add_compare(p: Parser) -> None:
     p.add_argument("runs", nargs="+", type=str, help="evaluated run folders")
     p.add_argument("--target", type=str, default="energy_eV", help="label to compare")
@@ -248,7 +248,7 @@ def compare(args: Namespace) -> None:
         raise ConfigError("runs with different names", ", ".join(args.runs), row="compare")
     print_rows(*comparison_rows(found, args.target))
 
-# %% ../nbs/91_cli_cres.ipynb #d7825767
+# %% ../nbs/91_cli_cres.ipynb #6f63eaa4
 def add_demo(p: Parser) -> None:
     p.add_argument("--out", type=str, default="demo/cres", help="folder to write; an earlier demo there is replaced")
     p.add_argument("--batches", type=int, default=900, help="batches of 32 events to train on")
@@ -267,7 +267,7 @@ def demo_config(batches: int, seed: int):
         train=TrainConfig(epochs=5, lr=3e-3, warmup=0.1, grad_clip=1.0, seed=seed),
     )
 
-# %% ../nbs/91_cli_cres.ipynb #25164099
+# %% ../nbs/91_cli_cres.ipynb #05befa88
 def demo(args: Namespace) -> None:
     "Simulate, train, evaluate and infer at a small scale; about three minutes on two cores."
     from deadlayer_cres.core import derive_seed, write_json
@@ -302,7 +302,7 @@ def demo_rows(found: dict) -> dict:
     return {f"event {int(found['event'][i])}": f"{value[i]:,.2f} +- {sigma[i]:.2f} eV, truth {truth[i]:,.2f} eV"
             for i in surest}
 
-# %% ../nbs/91_cli_cres.ipynb #3300dfbe
+# %% ../nbs/91_cli_cres.ipynb #50fcbffa
 VERBS = {
     "simulate": (simulate, add_simulate, "cres simulate --events 10000 --out events"),
     "prepare": (prepare, add_prepare, "cres prepare runs/*.egg --out events"),

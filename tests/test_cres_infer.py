@@ -120,7 +120,7 @@ def test_answers_outside_of_the_training_are_flagged(tmp_path, trained, events):
 def test_ranges_of_files_come_from_the_labels(trained):
     data = replace(trained.config.data, source="files", files=["a.h5"])
     low, high = replace(trained, config=replace(trained.config, data=data)).ranges()["energy_eV"]
-    assert abs(low - 18_500) < 25 and abs(high - 18_700) < 25
+    assert abs(low - 18_500) < 6 and abs(high - 18_700) < 6
 
 
 def test_clean_files_get_noise_and_are_named(tmp_path, trained):
@@ -341,13 +341,15 @@ def test_tracks_without_labels(trained):
     assert inf.plot_track(r, 1).axes
 
 
-def test_track_files_are_two_tables_or_none(tmp_path, trained):
+@pytest.mark.parametrize("at_once", [2**24, 2048])
+def test_track_files_are_two_tables_or_none(tmp_path, trained, monkeypatch, at_once):
+    monkeypatch.setattr(inf, "_AT_ONCE", at_once)
     tracks = simulate_events(5, replace(SMALL, receiver=ReceiverConfig(samples=1024)), noise="added")
     write_store(tracks, tmp_path / "a.h5")
     write_store(tracks[:2], tmp_path / "b.h5")
     summary, first = inf.infer_track_files(trained, [tmp_path / "a.h5", tmp_path / "b.h5"], tmp_path / "t.csv")
     whole = inf.infer_track(trained, tracks)
-    assert summary.events == 7 and len(first) == 5
+    assert summary.events == 7 and len(first) == min(5, at_once // 1024)
     table, windows = read_columns(tmp_path / "t.csv"), read_columns(tmp_path / "t_windows.csv")
     energy = whole.tracks["energy_eV"]
     assert np.allclose(table["energy_eV"], np.append(energy, energy[:2]), atol=1e-3)

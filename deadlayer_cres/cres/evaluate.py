@@ -17,7 +17,7 @@ __all__ = ['FWHM', 'TAIL', 'REPEATS', 'Statistic', 'PERCENT', 'ONE_SIGMA', 'TWO_
            'limit_text', 'doubts', 'print_rows', 'print_table', 'report', 'report_sections', 'part_events',
            'check_events', 'evaluate', 'denoise_events', 'read_metrics', 'comparison_rows']
 
-# %% ../../nbs/cres/26_evaluate.ipynb #6e162260
+# %% ../../nbs/cres/26_evaluate.ipynb #478cc99e
 import contextlib
 import csv
 import math
@@ -59,7 +59,7 @@ from .simulate import Simulator
 from .trap import energy_from_frequency
 from ..plots import COLOURS, Section, Table, figure
 
-# %% ../../nbs/cres/26_evaluate.ipynb #2ed512f5
+# %% ../../nbs/cres/26_evaluate.ipynb #6ed86bf9
 @dataclass(eq=False, repr=False)
 class Predictions:
     """What was predicted for n events. Indexing with a slice, mask or index array gives `Predictions` again.
@@ -97,7 +97,7 @@ class Predictions:
 
 _PER_EVENT = ("mean", "sigma", "quantiles", "weight", "modes", "widths")
 
-# %% ../../nbs/cres/26_evaluate.ipynb #26861700
+# %% ../../nbs/cres/26_evaluate.ipynb #adbd687b
 def _check_predictions(p: Predictions) -> None:
     "Raise a `DataError` unless all arrays of `p` belong to the same events and targets."
     n, t = len(p.mean), len(p.targets)
@@ -134,7 +134,7 @@ def residual(
                         remedy="leave such events out; if all are NaN, the training has diverged")
     return r
 
-# %% ../../nbs/cres/26_evaluate.ipynb #d5843f5c
+# %% ../../nbs/cres/26_evaluate.ipynb #6334a9a6
 def _arrow():
     "The package pyarrow; a `ConfigError` if it is not installed."
     try:
@@ -164,7 +164,7 @@ def table_writer(
                 write({k: np.asarray(v) for k, v in columns.items()})
         yield append
 
-# %% ../../nbs/cres/26_evaluate.ipynb #e56ef890
+# %% ../../nbs/cres/26_evaluate.ipynb #e988e2bb
 @contextlib.contextmanager
 def _csv_writer(part: Path) -> Iterator[Callable]:
     with open(part, "w", newline="", encoding="utf-8") as f:
@@ -191,7 +191,7 @@ def _parquet_writer(part: Path) -> Iterator[Callable]:
             opened[0].write_table(table)
         yield write
 
-# %% ../../nbs/cres/26_evaluate.ipynb #33d62dd0
+# %% ../../nbs/cres/26_evaluate.ipynb #33f63eed
 def read_columns(
     path: str | os.PathLike,  # ends in .csv or .parquet
 ) -> dict[str, np.ndarray]:  # name -> (n,) float64, or text where not all are numbers
@@ -222,7 +222,7 @@ def _numbers(values: Sequence) -> np.ndarray:
     except ValueError:
         return np.array(values)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #d3d3c5e7
+# %% ../../nbs/cres/26_evaluate.ipynb #f57d1296
 def derived_name(name: str, mark: str) -> str:
     "Name of a column that belongs to `name`, with the unit last: energy_eV, sigma -> energy_sigma_eV."
     base, joint, unit = name.rpartition("_")
@@ -247,7 +247,7 @@ def write_table(path: str | os.PathLike, p: Predictions) -> None:
     with table_writer(path) as write:
         write(table_columns(p))
 
-# %% ../../nbs/cres/26_evaluate.ipynb #6fed3207
+# %% ../../nbs/cres/26_evaluate.ipynb #54acee3b
 def read_table(
     path: str | os.PathLike,  # as `write_table`, or inference, writes it
 ) -> Predictions:
@@ -275,7 +275,7 @@ def read_table(
     return Predictions(targets, of[0][:, :, 0], of[0][:, :, 1], truth, rest, of[0][:, :, 2:] if levels else None,
                        levels or QUANTILES, weight, *of[1:])
 
-# %% ../../nbs/cres/26_evaluate.ipynb #ea467825
+# %% ../../nbs/cres/26_evaluate.ipynb #9406bfee
 def noise_level_V(
     ts: Tensor,  # (n, 2, samples) in V
 ) -> Tensor:  # (n,) standard deviation of white noise in each quadrature
@@ -305,7 +305,7 @@ def observe(
     found = {"total_power": power.sum(1) - len(bins), "max_power": power.amax(1), "peak_frequency_Hz": frequency}
     return {k: v.cpu().numpy() for k, v in found.items()}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #cb6b4cb4
+# %% ../../nbs/cres/26_evaluate.ipynb #ec6376b5
 def noise_step(pipeline) -> AddNoise | AddColouredNoise | None:
     "The step of a pipeline that adds noise, if there is one."
     return next((m for m in pipeline.prep.modules() if isinstance(m, AddNoise | AddColouredNoise)), None)
@@ -324,7 +324,7 @@ def needs_noise(
 def _device(module) -> torch.device:
     return next((t.device for t in [*module.parameters(), *module.buffers()]), torch.device("cpu"))
 
-# %% ../../nbs/cres/26_evaluate.ipynb #8f14d45c
+# %% ../../nbs/cres/26_evaluate.ipynb #d7a54a97
 def event_blocks(
     events: Events | EventStore,
     size: int,  # events in a block
@@ -342,7 +342,7 @@ def event_blocks(
         ts = part.ts if noise is None else part.ts + part.noise[noise]
         yield replace(part, ts=ts[:, :, :samples], noise={})
 
-# %% ../../nbs/cres/26_evaluate.ipynb #63b72374
+# %% ../../nbs/cres/26_evaluate.ipynb #bd856fce
 @torch.no_grad()
 def reconstruct(
     pipeline,  # trained `Pipeline` of prep and network
@@ -375,7 +375,7 @@ def reconstruct(
                                      observe(ts, events.sampling_rate_Hz, events.lo_frequency_Hz)))
     return join(parts)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #3914e58d
+# %% ../../nbs/cres/26_evaluate.ipynb #4e72336e
 def _as_predictions(net, raw, truth: dict, observables: dict) -> Predictions:
     "One batch of raw outputs as `Predictions`."
     if net.config.task == "denoise":
@@ -397,7 +397,7 @@ def join(
         both[name] = {k: np.concatenate([getattr(p, name)[k] for p in parts]) for k in common}
     return replace(first, **both)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #968c2f9c
+# %% ../../nbs/cres/26_evaluate.ipynb #0106dc26
 def core_fit(
     residuals: np.ndarray,  # (n,)
     weights: np.ndarray | None = None,  # (n,)
@@ -432,7 +432,7 @@ def _iterate_core(x: np.ndarray, w: np.ndarray, mean: float, sigma: float, steps
         sigma = max(math.sqrt(2 * (k @ (x - mean) ** 2) / total), least)
     return mean, sigma
 
-# %% ../../nbs/cres/26_evaluate.ipynb #f5ef6ebd
+# %% ../../nbs/cres/26_evaluate.ipynb #ffe3d451
 FWHM = math.sqrt(8 * math.log(2))
 _SMOOTH, _STEP, _REACH = 0.3, 0.05, 8.0  # smoothing, bin and reach of the density of the core, in core sigmas
 
@@ -449,7 +449,7 @@ def half_maximum_width(
         ends.append(i - (half - side[i]) / (side[i - 1] - side[i]) if below.size else i)
     return math.sqrt(max((sum(ends) * _STEP) ** 2 - (FWHM * _SMOOTH) ** 2, 0.0))
 
-# %% ../../nbs/cres/26_evaluate.ipynb #12826599
+# %% ../../nbs/cres/26_evaluate.ipynb #76ada51a
 TAIL = {"energy_eV": 3.0, "pitch_angle_deg": 0.03}
 "Residuals above this are in the tails."
 REPEATS = 200
@@ -472,7 +472,7 @@ def with_errors(
     errors = {k: np.std([d[k] for d in draws], ddof=1) if len(draws) > 1 else math.nan for k in statistic(weights)}
     return {k: {"value": float(v), "error": float(errors[k])} for k, v in statistic(weights).items()}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #826ce355
+# %% ../../nbs/cres/26_evaluate.ipynb #a74e0343
 def residual_statistic(
     r: np.ndarray,  # (n,) residuals
     tail: float | None = None,  # what is larger is in the tails; None: nothing is said of tails
@@ -497,7 +497,7 @@ def residual_statistic(
         return found if tail is not None else {k: v for k, v in found.items() if k != "tail_fraction"}
     return statistic
 
-# %% ../../nbs/cres/26_evaluate.ipynb #80614bdc
+# %% ../../nbs/cres/26_evaluate.ipynb #eb3e1c2d
 PERCENT = (10, 25, 50, 75, 100)
 ONE_SIGMA, TWO_SIGMA = (math.erf(k / math.sqrt(2)) for k in (1, 2))
 
@@ -525,7 +525,7 @@ def calibration_statistic(r: np.ndarray, sigma: np.ndarray) -> Statistic:
                 "z_rms": math.sqrt(w @ z**2 / total)}
     return statistic
 
-# %% ../../nbs/cres/26_evaluate.ipynb #6d45493a
+# %% ../../nbs/cres/26_evaluate.ipynb #ab25043a
 NARROW = {"energy_eV": 1.0, "pitch_angle_deg": 0.01}
 "A posterior with a smaller standard deviation is narrow."
 
@@ -557,7 +557,7 @@ def _weighted_median(x: np.ndarray, w: np.ndarray) -> float:
     running = np.cumsum(w[order])
     return float(x[order[np.searchsorted(running, running[-1] / 2)]])
 
-# %% ../../nbs/cres/26_evaluate.ipynb #18ef679a
+# %% ../../nbs/cres/26_evaluate.ipynb #0089a402
 def efficiency_weights(
     p: Predictions,
     efficiency: Callable | None,  # of energy_eV, pitch_angle_deg and radius_m, as `cres.data.read_efficiency` gives
@@ -599,7 +599,7 @@ def figures_of_merit(
         raise DataError("events with a known truth", "none", row="truth")
     return found
 
-# %% ../../nbs/cres/26_evaluate.ipynb #75daef93
+# %% ../../nbs/cres/26_evaluate.ipynb #b508552d
 def mean_baseline(
     train: Predictions,  # training events with their truth
     test: Predictions,  # events to predict
@@ -623,7 +623,7 @@ def peak_baseline(
     sigma = np.full((len(test), 1), off.std())
     return Predictions(("energy_eV",), (end + off.mean())[:, None], sigma, test.truth, test.observables)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #6f7857ee
+# %% ../../nbs/cres/26_evaluate.ipynb #f5bcaccf
 def fit_temperature(
     p: Predictions,  # validation events, with unscaled sigmas
 ) -> np.ndarray:  # (T,) factors; 1 for a target without sigma or truth
@@ -642,7 +642,7 @@ def scale_sigma(p: Predictions, factors: np.ndarray) -> Predictions:
     widths = None if p.widths is None else p.widths * factors
     return replace(p, sigma=p.sigma * factors, quantiles=about(p.quantiles, p.mean[:, :, None]), widths=widths)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #9980d78a
+# %% ../../nbs/cres/26_evaluate.ipynb #d600417d
 @dataclass
 class Isotonic:
     "A table of z-scores and the fraction of truths below them, for each target."
@@ -675,7 +675,7 @@ class Isotonic:
         k = self.targets.index(target)
         return np.interp(level, self.level[k], self.z[k])
 
-# %% ../../nbs/cres/26_evaluate.ipynb #25256aea
+# %% ../../nbs/cres/26_evaluate.ipynb #387e5a89
 def apply_isotonic(
     table: Isotonic,
     p: Predictions,  # with the sigmas that the table was fitted to
@@ -706,7 +706,7 @@ def band_coverage(
                      "error": math.sqrt(c * (1 - c) / len(y) + 0.25 / len(y) ** 2)})
     return rows
 
-# %% ../../nbs/cres/26_evaluate.ipynb #20d8af93
+# %% ../../nbs/cres/26_evaluate.ipynb #00060633
 CALIBRATION = "calibration.json"
 
 def _coverages(p: Predictions) -> dict:
@@ -748,7 +748,7 @@ def read_calibration(
     path = Path(folder) / CALIBRATION
     return read_json(path) if path.exists() else None
 
-# %% ../../nbs/cres/26_evaluate.ipynb #14f29401
+# %% ../../nbs/cres/26_evaluate.ipynb #ccddfc3f
 AXES = {  # label -> what to write, unit, factor to that unit
     "energy_eV": ("energy", "eV", 1.0), "pitch_angle_deg": ("pitch angle", "deg", 1.0),
     "avg_carrier_frequency_Hz": ("mean carrier", "GHz", 1e-9),
@@ -780,7 +780,7 @@ def variables(p: Predictions) -> dict[str, np.ndarray]:  # name -> (n,)
 _AGAINST = ("energy_eV", "pitch_angle_deg", "avg_carrier_frequency_Hz", "avg_axial_frequency_Hz", "radius_m",
             "start_time_s", "track_length_s", "total_power", "max_power")
 
-# %% ../../nbs/cres/26_evaluate.ipynb #4d57beca
+# %% ../../nbs/cres/26_evaluate.ipynb #f975bf5f
 @contextlib.contextmanager
 def _panels(n: int, width: float = 2.6, height: float = 2.3, columns: int = 4, **options):
     "A figure with `n` panels in rows of up to `columns`, and the list of its axes."
@@ -813,7 +813,7 @@ def _reach(r: np.ndarray, part: float = 0.99) -> float:
     "Limit of an axis of residuals that holds `part` of them."
     return float(np.quantile(np.abs(r), part)) * 1.05 or 1.0
 
-# %% ../../nbs/cres/26_evaluate.ipynb #59f93785
+# %% ../../nbs/cres/26_evaluate.ipynb #d738a339
 def plot_distributions(p: Predictions) -> Figure:
     "Distributions of the true labels and of the observables."
     shown = varied({**p.truth, **p.observables})
@@ -836,7 +836,7 @@ def plot_truth(p: Predictions) -> Figure:
             fig.colorbar(drawn, ax=ax, label="events")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #0c1e52c7
+# %% ../../nbs/cres/26_evaluate.ipynb #94c428c6
 def plot_residuals(p: Predictions) -> Figure:
     "Residuals of each target: the core with its fit, and all of them."
     known = [k for k in p.targets if k in p.truth]
@@ -863,7 +863,7 @@ def plot_residuals(p: Predictions) -> Figure:
             row[1].set(yscale="log", ylim=(0.5, 2 * len(r)), title=f"RMS {tables['rms']:.3g}, {len(r):,} events")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #ec751a84
+# %% ../../nbs/cres/26_evaluate.ipynb #2d959618
 GOAL_EV = 0.3
 "The aim for the energy resolution, one standard deviation."
 
@@ -908,7 +908,7 @@ def plot_width_against_count(p: Predictions) -> Figure:
             ax.xaxis.label.set_size(8)
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #56aa06e8
+# %% ../../nbs/cres/26_evaluate.ipynb #37a39a9d
 def plot_all_against_all(p: Predictions) -> Figure:
     "Residual of every target against every true label and observable."
     shown, known = variables(p), [k for k in p.targets if k in p.truth]
@@ -935,7 +935,7 @@ def plot_power(p: Predictions) -> Figure:
                 ax.set(xlabel=axis_label(name), ylabel="energy residual [eV]")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #9945d5da
+# %% ../../nbs/cres/26_evaluate.ipynb #40466a92
 def plot_frequencies(
     p: Predictions,
     largest_eV: float = 20.0,  # end of the colour scale
@@ -974,7 +974,7 @@ def plot_reconstructed(p: Predictions) -> Figure:
         axes[0, 0].legend(loc="upper left", ncols=2)
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #72a45dbd
+# %% ../../nbs/cres/26_evaluate.ipynb #40cc95b5
 def by_track_length(
     p: Predictions,  # with the label `track_length_s`
     groups: int = 5,  # of equal numbers of events
@@ -1004,7 +1004,7 @@ def plot_length(
         ax.legend()
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #84eefae7
+# %% ../../nbs/cres/26_evaluate.ipynb #4c50513b
 def plot_calibration(
     p: Predictions,
     others: Mapping[str, Predictions] | None = None,  # the same events calibrated otherwise, for the curve of coverage
@@ -1046,7 +1046,7 @@ def _draw_spread(ax, r: np.ndarray, sigma: np.ndarray, name: str, groups: int = 
         _log_if_wide(ax, axis, [*claimed, *rms])
     ax.legend()
 
-# %% ../../nbs/cres/26_evaluate.ipynb #a002a705
+# %% ../../nbs/cres/26_evaluate.ipynb #b0e5f110
 def plot_sigma_against(p: Predictions, bins: int = 20) -> Figure:
     "RMS of the predicted sigma, and of the residuals, in bins of every variable, for each target."
     known = [k for i, k in enumerate(p.targets) if k in p.truth and np.isfinite(p.sigma[:, i]).all()]
@@ -1087,7 +1087,7 @@ def plot_efficiency_curve(
         axes[0].legend()
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #03e72ae6
+# %% ../../nbs/cres/26_evaluate.ipynb #3873b346
 def plot_denoising(
     noisy: np.ndarray, clean: np.ndarray, denoised: np.ndarray,  # (n, 2, samples) in V
     sampling_rate_Hz: float = SAMPLING_RATE_HZ,
@@ -1121,7 +1121,7 @@ def plot_denoising(
         axes[-1, 1].set(xlabel="mean square of the clean signal [mV²]", ylabel="noise removed, factor", yscale="log")
     return fig
 
-# %% ../../nbs/cres/26_evaluate.ipynb #92c42b17
+# %% ../../nbs/cres/26_evaluate.ipynb #205b2048
 COLUMNS_SHOWN = (("core_sigma", "core σ"), ("fwhm_half_maximum", "FWHM"), ("rms", "RMS"),
                  ("tail_fraction", "tail fraction"), ("median_abs", "median |residual|"), ("bias", "bias"))
 
@@ -1164,7 +1164,7 @@ def _merit_cells(row: Mapping, target: str) -> list[str]:
     scale = _table_unit(target)[1]
     return [_cell(row.get(key), 1.0 if key == "tail_fraction" else scale) for key, _ in COLUMNS_SHOWN]
 
-# %% ../../nbs/cres/26_evaluate.ipynb #8805ab24
+# %% ../../nbs/cres/26_evaluate.ipynb #f5d84bda
 def calibration_rows(metrics: Mapping) -> tuple[list[str], list[list[str]]]:  # column titles, rows
     "Coverage of the network for each target."
     names = ("coverage_1_sigma", "coverage_2_sigma", "z_rms")
@@ -1191,7 +1191,7 @@ def limit_text(metrics: Mapping) -> list[str]:
             f"{_cell(metrics[target]['limit']['narrow_ratio'])} times what the posterior allows."
             for target in judged(metrics) if "limit" in metrics[target]]
 
-# %% ../../nbs/cres/26_evaluate.ipynb #015df3c9
+# %% ../../nbs/cres/26_evaluate.ipynb #d57d0dba
 def doubts(metrics: Mapping) -> list[str]:  # warnings; empty if all is as it should be
     "What a reader of these metrics should be warned about."
     said = []
@@ -1233,7 +1233,7 @@ def print_table(metrics: Mapping, console: Console | None = None) -> None:
     for text in limit_text(metrics):
         console.print(text, highlight=False)
 
-# %% ../../nbs/cres/26_evaluate.ipynb #d3b15273
+# %% ../../nbs/cres/26_evaluate.ipynb #d4eb2939
 def _figures(
     p: Predictions, limit: Predictions | None, others: Mapping[str, Predictions]
 ) -> dict[str, tuple[Figure, str]]:
@@ -1265,7 +1265,7 @@ def _figures(
               "width_against_count": "energy_eV" in p.targets}
     return {name: (make(), text) for name, (make, text) in makers.items() if wanted.get(name, True)}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #8c64175a
+# %% ../../nbs/cres/26_evaluate.ipynb #52d8e697
 def report(
     folder: str | os.PathLike,  # the run folder, or any other to write into
     p: Predictions,  # of test events
@@ -1299,7 +1299,7 @@ def report(
     write_json(folder / "metrics.json", metrics)
     return metrics
 
-# %% ../../nbs/cres/26_evaluate.ipynb #9135c439
+# %% ../../nbs/cres/26_evaluate.ipynb #15193763
 def report_sections(
     metrics: Mapping, made: Mapping[str, tuple[Figure, str]], calibration: Mapping | None
 ) -> list[Section]:
@@ -1336,7 +1336,7 @@ def report_sections(
                 figures=pick("history", "distributions")),
     ]
 
-# %% ../../nbs/cres/26_evaluate.ipynb #6a28faab
+# %% ../../nbs/cres/26_evaluate.ipynb #42945b8f
 _FIRST = {"valid": 0, "test": 1_000_000_000}  # number of the first event, for its noise
 
 def part_events(
@@ -1373,7 +1373,7 @@ def check_events(
         raise DataError(f"at least {config.data.samples} samples, as in the training", str(events.samples), path,
                         remedy="use longer events, or a network trained for shorter ones")
 
-# %% ../../nbs/cres/26_evaluate.ipynb #26b71e2a
+# %% ../../nbs/cres/26_evaluate.ipynb #4658c045
 def evaluate(
     run,  # `deadlayer_cres.train.Run`
     config,  # its `cres.train.Config`
@@ -1425,7 +1425,7 @@ def _facts(run, config, pipeline, noise: str, calibrate: str) -> dict:
             "minutes of training": round(sum(r["seconds"] for r in rows) / 60, 1), "noise of the test": noise,
             "calibration": calibrate, "data checksum": run.environment.get("data_checksum")}
 
-# %% ../../nbs/cres/26_evaluate.ipynb #b30c0de2
+# %% ../../nbs/cres/26_evaluate.ipynb #def432c5
 @torch.no_grad()
 def denoise_events(
     pipeline,  # whose network denoises
@@ -1444,7 +1444,7 @@ def denoise_events(
     rate = 1 / float(quiet.time_s[1] - quiet.time_s[0])
     return *((x * factor).cpu().numpy() for x in (*series, out)), rate
 
-# %% ../../nbs/cres/26_evaluate.ipynb #a0877037
+# %% ../../nbs/cres/26_evaluate.ipynb #5588c3e6
 def read_metrics(
     folder: str | os.PathLike,  # a run folder
 ) -> dict:

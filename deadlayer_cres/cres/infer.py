@@ -7,7 +7,7 @@ __all__ = ['Trained', 'outside_range', 'find_files', 'open_events', 'InferSummar
            'energy_after', 'combine_windows', 'fit_loss', 'TrackResult', 'infer_track', 'pipeline_for',
            'combine_tracks', 'at_start', 'windows_name', 'infer_track_files', 'plot_track', 'plot_windows']
 
-# %% ../../nbs/cres/28_infer.ipynb #8f6ada90
+# %% ../../nbs/cres/28_infer.ipynb #6f62d06c
 import glob
 import math
 import os
@@ -38,7 +38,7 @@ from .prep import AddNoise
 from .trap import larmor_power
 from ..plots import COLOURS, figure
 
-# %% ../../nbs/cres/28_infer.ipynb #60d0a880
+# %% ../../nbs/cres/28_infer.ipynb #ae333b75
 @dataclass
 class Trained:
     "A trained run, opened."
@@ -73,7 +73,7 @@ class Trained:
             found |= {k: v for k, v in known.items() if k in found}
         return found
 
-# %% ../../nbs/cres/28_infer.ipynb #7f3375b3
+# %% ../../nbs/cres/28_infer.ipynb #17406e36
 def outside_range(
     p: Predictions,
     ranges: dict[str, tuple[float, float]],  # target -> lowest and highest
@@ -86,7 +86,7 @@ def outside_range(
         out |= ~((x >= low - more) & (x <= high + more))
     return out
 
-# %% ../../nbs/cres/28_infer.ipynb #663e4466
+# %% ../../nbs/cres/28_infer.ipynb #2fb8812d
 _LABELS = (*COLUMNS, "start_time_s", "track_length_s")  # labels kept of files that are not HDF5
 
 def find_files(
@@ -129,7 +129,7 @@ def _open_egg(path: Path, samples: int, given: dict) -> Events:
             raise
         return read_egg(path, (), samples=samples, truth=path.parent, **given)  # one after the other
 
-# %% ../../nbs/cres/28_infer.ipynb #26ebbf73
+# %% ../../nbs/cres/28_infer.ipynb #6b522a1f
 @dataclass
 class InferSummary:
     "What `infer_files` did."
@@ -187,7 +187,7 @@ def infer_files(
     summary.seconds = time.perf_counter() - began
     return summary
 
-# %% ../../nbs/cres/28_infer.ipynb #f52c4dea
+# %% ../../nbs/cres/28_infer.ipynb #75541759
 def _blocks(trained: Trained, events: Events | EventStore, path: Path, noise: str, size: int,
             summary: InferSummary) -> Iterator[tuple[int, Predictions]]:
     "Predictions for the events of one file, in blocks with the row of their first event; their numbers are checked."
@@ -208,7 +208,7 @@ def _blocks(trained: Trained, events: Events | EventStore, path: Path, noise: st
                 summary.clean += [os.fspath(path)] if clean else []
             yield start, reconstruct(trained.pipeline, block, mode, samples, size, first=start)
 
-# %% ../../nbs/cres/28_infer.ipynb #24a5a38a
+# %% ../../nbs/cres/28_infer.ipynb #a26b2293
 def energy_after(
     energy_eV,  # (n,) kinetic energy
     time_s,  # (n,) time that passes; negative for what was before
@@ -223,7 +223,7 @@ def energy_after(
     u = (gamma - 1) / (gamma + 1) * np.exp(-2 * rate * np.asarray(time_s))
     return ELECTRON_MASS_EV * 2 * u / (1 - u)
 
-# %% ../../nbs/cres/28_infer.ipynb #3b847501
+# %% ../../nbs/cres/28_infer.ipynb #5e42e6c3
 def combine_windows(
     value: np.ndarray,  # (m,) values of the windows of one track, already at a common time
     sigma: np.ndarray,  # (m,) their uncertainties; NaN: all alike, taken from the scatter
@@ -248,7 +248,7 @@ def fit_loss(
     spread = w @ (time_s - middle) ** 2
     return float(-(w @ ((time_s - middle) * energy_eV)) / spread), float(1 / math.sqrt(spread))
 
-# %% ../../nbs/cres/28_infer.ipynb #2db5718c
+# %% ../../nbs/cres/28_infer.ipynb #b5628210
 @dataclass
 class TrackResult:
     "What was inferred of full tracks."
@@ -292,7 +292,7 @@ def infer_track(
     field_T = _field_T(trained.config)
     return combine_tracks(windows, events, pipeline.net.targets, window, stride, loss, field_T)
 
-# %% ../../nbs/cres/28_infer.ipynb #a3c36dbd
+# %% ../../nbs/cres/28_infer.ipynb #46c8ce73
 def _field_T(config) -> float:
     "Magnetic field at the centre of the trap that a run was trained with."
     if config.data.source != "stream":
@@ -332,7 +332,7 @@ def pipeline_for(trained: Trained, window: int):
                           row="window", remedy="this network cannot take another length") from e
     return pipeline.to(next(trained.pipeline.net.parameters()).device).eval()
 
-# %% ../../nbs/cres/28_infer.ipynb #73ae18c8
+# %% ../../nbs/cres/28_infer.ipynb #4d112909
 def combine_tracks(
     windows: dict[str, np.ndarray],  # event, window, time_s and the columns of the predictions
     events: Events,  # the tracks
@@ -386,7 +386,7 @@ def at_start(
     rate = np.mean(larmor_power(start, np.asarray(pitch_angle_deg, np.float64), field_T)) / CHARGE
     return start, float(rate), 0.0
 
-# %% ../../nbs/cres/28_infer.ipynb #f1508a3d
+# %% ../../nbs/cres/28_infer.ipynb #1e6fb523
 def windows_name(out: str | os.PathLike) -> Path:
     "Name of the table of windows that belongs to a table of tracks."
     return Path(out).with_stem(Path(out).stem + "_windows")
@@ -427,16 +427,18 @@ def infer_track_files(
     summary.seconds = time.perf_counter() - began
     return summary, first
 
+_AT_ONCE = 2**24  # samples of tracks held at a time
+
 def _track_blocks(events: Events | EventStore, noise: str) -> Iterator[tuple[int, Events]]:
     "Events of a file in blocks of some 128 MB, with the row of the first."
-    size = max(1, 2**24 // events.samples)
+    size = max(1, _AT_ONCE // events.samples)
     for start in range(0, len(events), size):
         here = slice(start, start + size)
         recorded = (noise,) if noise not in ("auto", "none", "add") else ()
         block = events[here] if isinstance(events, Events) else events.read(here, noise=recorded)
         yield start, block.validate()
 
-# %% ../../nbs/cres/28_infer.ipynb #b0c71a00
+# %% ../../nbs/cres/28_infer.ipynb #f72ee0e8
 def plot_track(
     result: TrackResult,
     event: int = 0,  # which track
@@ -470,7 +472,7 @@ def plot_track(
             ax.legend(fontsize=7)
     return fig
 
-# %% ../../nbs/cres/28_infer.ipynb #0574c379
+# %% ../../nbs/cres/28_infer.ipynb #7b881abe
 def plot_windows(result: TrackResult):  # a matplotlib figure
     "Energy residual against the number of the window, before and after the correction, and of the combined tracks."
     if "true_energy_eV" not in result.tracks:

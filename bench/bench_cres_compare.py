@@ -18,7 +18,7 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
-from bench_deadlayer_speed import machine
+from machine import about
 from torch import nn
 
 from deadlayer_cres.core import config_from_dict, read_json, write_json
@@ -221,7 +221,7 @@ def main() -> None:
         if events is not None:
             made[row] = evaluate_row(row, o.set, o.runs, events, limit)
     if events is not None:
-        result = {"machine": machine(o), "minutes": o.minutes, "events": o.events,
+        result = {"machine": about() | {"threads": o.threads}, "minutes": o.minutes, "events": o.events,
                   "rows": made | baselines(o.set, events, limit)}
         write_json(o.out, (read_json(o.out) if o.out.exists() else {}) | {o.set: result})
         print(shown(result))

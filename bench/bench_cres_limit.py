@@ -16,16 +16,15 @@ Some fifteen minutes on one free core for 1,024 events of each set.
 """
 import argparse
 import math
-import os
-import re
 import sys
 import time
 from pathlib import Path
 
 import numpy as np
 import torch
+from machine import about
 
-from deadlayer_cres.core import atomic_path, environment, write_json
+from deadlayer_cres.core import atomic_path, write_json
 from deadlayer_cres.cres.fit import LEVELS, Cells, Posterior, Ridge, fisher, summaries
 from deadlayer_cres.cres.simulate import CHECKSUMS, TEST_SETS, Simulator, test_set
 from deadlayer_cres.cres.trap import axial_motion, comb
@@ -261,17 +260,6 @@ def sampled(name: str, s: dict, n: int, steps: int, draws: int, seed: int = 0) -
             result[kind] = {"difference_of_centres_in_sigma": rms((b - a) / t), "ratio_of_widths": {
                 k: rounded(np.quantile(u / t, q)) for k, q in (("median", 0.5), ("low", 0.16), ("high", 0.84))}}
     return result
-
-
-def about() -> dict:
-    "Where and with what the numbers were taken; no paths of this machine."
-    where = environment()
-    where["argv"] = [Path(word).name if "/" in word else word for word in where["argv"]]
-    try:
-        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        model = None
-    return where | {"cpu": model[1].strip() if model else None, "load_average": os.getloadavg()}
 
 
 def main() -> None:

@@ -16,13 +16,14 @@ import itertools
 import json
 import math
 import os
-import re
 import resource
 import statistics
 import subprocess
 import sys
 import time
 from pathlib import Path
+
+from machine import about
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = (8192, 24_576, 163_840)
@@ -117,20 +118,6 @@ def measure(samples: int, seconds: float, threads: int, device: str) -> dict:
         "error_sigma": rounded(largest_error(simulator, 4)),
         "peak_MB": round(peak), "peak_GPU_MB": round(torch.cuda.max_memory_allocated() / 2**20) if gpu else None,
     }
-
-
-def about() -> dict:
-    "Where and with what the numbers were taken; no paths of this machine."
-    from deadlayer_cres.core import environment
-
-    where = environment()
-    where["argv"] = [Path(word).name if "/" in word else word for word in where["argv"]]
-    try:
-        model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        model = None
-    return where | {"cpu": model[1].strip() if model else None, "cores": len(os.sched_getaffinity(0)),
-                    "load_average": os.getloadavg()}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:

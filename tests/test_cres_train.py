@@ -15,6 +15,7 @@ import numpy as np
 import pytest
 import torch
 import yaml
+from conftest import in_child
 from fastai.callback.core import Callback
 from safetensors.torch import load_file
 
@@ -208,21 +209,6 @@ def test_mean_head_has_no_coverage(tmp_path):
     assert list(rows(run)[0])[3:] == ["rms_pitch_angle_deg", "core_sigma_pitch_angle_deg", "lr"]
 
 
-def killed(work) -> int:
-    "Run `work` in a forked process; the signal that ended it, or 0."
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
-
-
 class Kill(Callback):
     order = 100
 
@@ -243,7 +229,7 @@ def test_killed_and_resumed_is_the_same_bit_by_bit(tmp_path, store, kind):
     whole = go(c, tmp_path / "whole")
     for epoch, training in ((0, True), (2, True), (2, False)):
         path = tmp_path / f"{epoch}{training}"
-        assert killed(lambda e=epoch, t=training, p=path: go(c, p, cbs=[Kill(e, t)])) == signal.SIGKILL
+        assert in_child(lambda e=epoch, t=training, p=path: go(c, p, cbs=[Kill(e, t)])) == signal.SIGKILL
         with pytest.raises(RunError, match="resume"):
             load_run(path)
         same(whole, go(c, path, resume=True))

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from conftest import in_child
 from fastai.callback.core import Callback
 from fastai.callback.schedule import combined_cos
 from safetensors.torch import load_file, save_file
@@ -570,21 +571,6 @@ def train_to_the_end(path, pause=0.0):
     run = Run.open(path, trained=False) if Path(path).exists() else new_run(path, conf)
     seed = 1 + time.time_ns() % 99 if run.checkpoint_state() else 0
     fit(learner(conf, pipeline(seed), pause=pause), run, resume=True)
-
-
-def in_child(work) -> int:
-    "Run `work` in a forked process; the signal that ended it, or 0."
-    pid = os.fork()
-    if pid == 0:
-        code = 1
-        try:
-            work()
-            code = 0
-        finally:
-            os._exit(code)
-    status = os.waitpid(pid, 0)[1]
-    assert os.WIFSIGNALED(status) or os.WEXITSTATUS(status) == 0
-    return os.WTERMSIG(status) if os.WIFSIGNALED(status) else 0
 
 
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="needs fork")

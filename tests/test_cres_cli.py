@@ -229,6 +229,7 @@ def test_train_resumes_and_replaces_only_when_told(capfd, run):
 @pytest.mark.parametrize(("options", "words"), [
     ([], ["--run"]), (["--run", "x", "--model.head", "none"], ["head"]),
     (["--run", "x", "--model.d", "4"], ["model.d"]),
+    (["--run", "x", "--data.targets", "[colour]"], ["colour"]),
     (["--run", "x", "--data.source", "files"], ["data.files"]),
     (["--run", "x", "--data.source", "files", "--data.files", "[none.h5]"], ["none.h5"]),
     (["-c", "none.yaml", "--run", "x"], ["none.yaml"])])

@@ -806,7 +806,7 @@ def _log_if_wide(ax, axis: str, values: Sequence[float]) -> None:
     "A logarithmic scale for the axis x or y if positive values span more than a decade; else a linear one."
     values = np.asarray(values)[np.asarray(values) > 0]
     if values.size and values.max() > 10 * values.min():
-        ax.set(**{f"{axis}scale": "log"})
+        ax.set(**{f"{axis}scale": "log", f"{axis}lim": (0.7 * values.min(), 1.4 * values.max())})
         getattr(ax, f"{axis}axis").set_minor_formatter(NullFormatter())
 
 def _reach(r: np.ndarray, part: float = 0.99) -> float:

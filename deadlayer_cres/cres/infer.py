@@ -418,8 +418,9 @@ def infer_track_files(
             for start, block in _track_blocks(events, noise):
                 with about(path):
                     result = infer_track(trained, block, window, stride, loss, noise)
-                nan = np.full(len(result), np.nan)
-                result.tracks |= {f"true_{k}": result.tracks.get(f"true_{k}", nan) for k in labels}
+                known, unknown = result.tracks, np.full(len(result), np.nan)
+                result.tracks = {k: v for k, v in known.items() if not k.startswith("true_")} | {
+                    k: known.get(k, unknown) for k in (f"true_{name}" for name in labels)}
                 for columns, write in ((result.tracks, write_track), (result.windows, write_window)):
                     write({"file": np.full(len(columns["event"]), os.fspath(path)), **columns,
                            "event": columns["event"] + start})

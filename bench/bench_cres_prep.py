@@ -21,20 +21,18 @@ process; in batches of 128 and in shuffled order, reading included.
 Without noise, the outputs of both are compared, number by number.
 """
 import argparse
-import contextlib
 import importlib
 import importlib.util
-import multiprocessing
 import os
-import re
-import statistics
 import sys
 import tempfile
 import time
 import types
 from pathlib import Path
 
+import machine
 import numpy as np
+from workers import Worker, WorkerError, rounded, say, spread, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 RATE_HZ, TARGET = 403e6, 5  # sampling rate; how many times faster than its class in one process we mean to be
@@ -202,61 +200,6 @@ class OursDefault(OursMemory):
         self.prepare = lambda x: (prep(x),)
 
 
-def serve(connection, program: type, options) -> None:
-    "Do in this process what the other end of `connection` asks for."
-    import torch
-
-    torch.set_num_threads(options.threads)
-    torch.manual_seed(0)
-    np.random.seed(0)
-    worker = None
-    while (order := connection.recv()) is not None:
-        name, arguments = order
-        try:
-            worker = worker or program(options)
-            reply = getattr(worker, name)(**arguments)
-        except Exception as e:  # whatever the published code raises must reach the report, not a closed pipe
-            reply = {"error": f"{type(e).__name__}: {e}"}
-        connection.send(reply)
-
-
-class Worker:
-    "A process that runs one program."
-
-    def __init__(self, name: str, program: type, options):
-        context = multiprocessing.get_context("spawn")
-        self.name, (self.connection, other) = name, context.Pipe()
-        self.process = context.Process(target=serve, args=(other, program, options))  # it may have workers of its own
-        self.process.start()
-        other.close()
-
-    def ask(self, method: str, **arguments) -> dict:
-        try:
-            self.connection.send((method, arguments))
-            reply = self.connection.recv()
-        except (EOFError, OSError):
-            raise SystemExit(f"bench: {self.name}: the process died (out of memory?)") from None
-        if "error" in reply:
-            raise SystemExit(f"bench: {self.name}: {' '.join(reply['error'].split())}")
-        return reply
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.connection.send(None)
-        self.process.join(10)
-        if self.process.is_alive():
-            self.process.terminate()
-
-
-def rounded(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def summary(values: list[float]) -> dict:
-    "Median, smallest and largest."
-    return {k: rounded(f(values)) for k, f in (("median", statistics.median), ("min", min), ("max", max))}
-
-
 def compare(turns: dict[str, list[float]]) -> dict:
     "Ratios of our rates to the published ones, turn by turn."
     return {f"{ours} / {theirs}": summary([a / b for a, b in zip(turns[ours], turns[theirs], strict=True)])
@@ -275,7 +218,7 @@ def measure(workers: list[Worker], options) -> dict:
             turns[w.name].append(done["events"] / done["seconds"])
             cpu[w.name].append(done["events"] / done["cpu_seconds"])
         rates = ", ".join(f"{name} {row[-1]:.4g}" for name, row in turns.items())
-        print(f"turn {k + 1}/{options.repeats}: {rates} events/s", file=sys.stderr, flush=True)
+        say(f"turn {k + 1}/{options.repeats}: {rates} events/s")
     cpu.pop("published, workers", None)  # the time of its workers is not in that of the process
     report = {"events_per_second": {name: summary(rates) for name, rates in turns.items()},
               "events_per_cpu_second": {name: summary(rates) for name, rates in cpu.items()},
@@ -286,19 +229,6 @@ def measure(workers: list[Worker], options) -> dict:
         a, b = checks["ours"], checks["published"]
         report["largest_difference"] = rounded(float(np.abs(a - b).max() / np.abs(b).max()))
     return report
-
-
-def machine(options) -> dict:
-    "Where and with what the numbers were taken."
-    from deadlayer_cres.core import environment
-
-    about = environment()
-    about["argv"] = [Path(word).name if "/" in word else word for word in about["argv"]]  # no paths of this machine
-    with contextlib.suppress(OSError):
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-        about["cpu"] = about.get("cpu") or (found[1].strip() if found else None)
-    return about | {"cores": len(os.sched_getaffinity(0)), "threads": options.threads, "events": options.events,
-                    "samples": options.samples, "batch": options.batch, "load_average": os.getloadavg()}
 
 
 def parse(argv: list[str] | None = None) -> argparse.Namespace:
@@ -326,13 +256,13 @@ def main(argv: list[str] | None = None) -> None:
     options = parse(argv)
     from deadlayer_cres.core import write_json
 
-    about = machine(options)
+    about = machine.about(threads=options.threads, events=options.events, samples=options.samples, batch=options.batch)
     if about["load_average"][0] > 0.5:
-        print(f"warning: the machine is busy, load average {about['load_average'][0]:.1f}", file=sys.stderr)
+        say(f"warning: the machine is busy, load average {about['load_average'][0]:.1f}")
     programs = {"published": Published, "published, workers": PublishedWorkers, "ours": Ours,
                 "ours, memory": OursMemory, "ours, default": OursDefault}
     if options.published is None:
-        print("no --published: the published code is not timed, and there are no ratios", file=sys.stderr)
+        say("no --published: the published code is not timed, and there are no ratios")
         programs = {name: p for name, p in programs.items() if name.startswith("ours")}
     with tempfile.TemporaryDirectory() as folder:
         options.data = Path(folder)
@@ -340,6 +270,8 @@ def main(argv: list[str] | None = None) -> None:
         workers = [Worker(name, program, options) for name, program in programs.items()]
         try:
             report = measure(workers, options)
+        except WorkerError as e:
+            raise SystemExit(f"bench: {e}") from None
         finally:
             for w in workers:
                 w.close()
@@ -347,7 +279,7 @@ def main(argv: list[str] | None = None) -> None:
     for part in ("events_per_second", "ratios", "cpu_ratios"):
         for name, row in report[part].items():
             target = f"; target {row['target']}: {'reached' if row['reached'] else 'MISSED'}" if "target" in row else ""
-            print(f"{part:18s} {name:36s} {row['median']:g} ({row['min']:g} to {row['max']:g}){target}")
+            print(f"{part:18s} {name:36s} {spread(row)}{target}")
     if "largest_difference" in report:
         print(f"largest difference of the outputs without noise: {report['largest_difference']:g} of the largest value")
     print(f"written: {options.out}")

@@ -29,8 +29,10 @@ import sys
 import time
 from pathlib import Path
 
-from bench_deadlayer_speed import ROOT, Worker, WorkerError, machine, rounded, say, spread, summary
+import machine
+from workers import Worker, WorkerError, rounded, say, spread, summary
 
+ROOT = Path(__file__).resolve().parents[1]
 CHANNELS, STATE, SAMPLES, BATCH, LAYERS, LONG = 128, 64, 8192, 2, 6, 163_840
 TARGETS = {"kernel": 30, "training": 4}  # how many times faster we mean to be
 LONG_TARGET_MB = 4096
@@ -269,7 +271,7 @@ def main(argv: list[str] | None = None) -> None:
 
     from deadlayer_cres.core import write_json
 
-    about = machine(options)
+    about = machine.about(threads=options.threads)
     if about["load_average"][0] > 0.5:
         say(f"warning: the machine is busy, load average {about['load_average'][0]:.1f}")
     sizes = {"channels": CHANNELS, "state": STATE, "samples": SAMPLES, "batch": BATCH, "layers": LAYERS}

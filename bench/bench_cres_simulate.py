@@ -24,14 +24,11 @@ import time
 from pathlib import Path
 
 from machine import about
+from workers import rounded
 
 ROOT = Path(__file__).resolve().parents[1]
 SAMPLES = (8192, 24_576, 163_840)
 TARGETS = {"events_per_second": 2000, "error_sigma": 1e-3}
-
-
-def rounded(value: float) -> float:
-    return float(f"{value:.4g}")
 
 
 def clocked(stages: dict, seconds: float, wait) -> dict:

@@ -20,18 +20,16 @@ What is done once (reading our spectra into memory, the pass of the published sc
 On two cores all of it takes about three minutes; when --budget is spent, what is left is cut short or left out.
 """
 import argparse
-import contextlib
 import importlib.util
-import multiprocessing
 import os
-import re
-import statistics
 import sys
 import tempfile
 import time
 import types
-from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
+
+import machine
+from workers import Worker, WorkerError, rounded, say, spread, summary
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = {"pairs": 100, "training": 200}  # how many times faster we mean to be
@@ -213,83 +211,6 @@ def stopwatch():
     return Stopwatch()
 
 
-def memory_peak_MB(reset: bool = False) -> float | None:
-    "Peak resident memory of this process since the last reset, in MB; None where the system does not tell."
-    try:
-        if reset:
-            Path("/proc/self/clear_refs").write_text("5")
-        found = re.search(r"VmHWM:\s+(\d+) kB", Path("/proc/self/status").read_text())
-        return round(int(found[1]) / 1024, 1)
-    except (OSError, TypeError):
-        return None
-
-
-def serve(connection, program: type, options) -> None:
-    "Do in this process what the other end of `connection` asks for, one method of `program` at a time."
-    with open(os.devnull, "w") as quiet:
-        sys.stdout = sys.stderr = quiet  # progress bars
-        worker, reply = None, None
-        while (order := connection.recv()) is not None:
-            name, arguments = order
-            try:
-                import torch
-
-                torch.set_num_threads(options.threads)
-                memory_peak_MB(reset=True)
-                start = time.perf_counter()
-                worker = worker or program(options)
-                reply = getattr(worker, name)(**arguments)
-                reply |= {"wall_seconds": time.perf_counter() - start, "peak_MB": memory_peak_MB()}
-            except Exception as e:  # whatever the published code raises must reach the report, not a closed pipe
-                reply = {"error": f"{type(e).__name__}: {e}"}
-            connection.send(reply)
-
-
-class Worker:
-    "A process that runs one program."
-
-    def __init__(self, name: str, program: type, options):
-        context = multiprocessing.get_context("spawn")
-        self.name, (self.connection, other) = name, context.Pipe()
-        self.process = context.Process(target=serve, args=(other, program, options), daemon=True)
-        self.process.start()
-        other.close()
-
-    def ask(self, method: str, **arguments) -> dict:
-        try:
-            self.connection.send((method, arguments))
-            reply = self.connection.recv()
-        except (EOFError, OSError):
-            raise WorkerError(self, f"{method}: the process died (out of memory?)") from None
-        if "error" in reply:
-            raise WorkerError(self, f"{method}: {' '.join(reply['error'].split())}")
-        return reply
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            self.connection.send(None)
-        self.process.join(10)
-        if self.process.is_alive():
-            self.process.terminate()
-
-
-class WorkerError(Exception):
-    "What went wrong in the process of a program."
-
-    def __init__(self, worker: Worker, text: str):
-        super().__init__(f"{worker.name}: {text}")
-        self.worker = worker
-
-
-def rounded(value: float) -> float:
-    return float(f"{value:.4g}")
-
-
-def summary(values: list[float]) -> dict:
-    "Median, smallest and largest."
-    return {k: rounded(f(values)) for k, f in (("median", statistics.median), ("min", min), ("max", max))}
-
-
 def measure(workers: list[Worker], task: str, options, deadline: float) -> dict:
     "Run `task` on all workers in turns; rates in pairs/s, and their ratios turn by turn."
     prepared = {w.name: w.ask(f"prepare_{task}") if task != "pairs" else w.ask(task, seconds=0) for w in workers}
@@ -336,36 +257,6 @@ def measure_architecture(worker: Worker, options, deadline: float) -> dict:
             "steps": row["calls"], "seconds": rounded(row["seconds"]), "peak_MB": row["peak_MB"]}
         say(f"architecture, batch {batch}: {rate(row):.4g} pairs/s in {row['calls']} steps")
     return result
-
-
-def say(text: str) -> None:
-    print(text, file=sys.stderr, flush=True)
-
-
-def cpu_model() -> str | None:
-    "The processor's name."
-    try:
-        found = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
-    except OSError:
-        return None
-    return found[1].strip() if found else None
-
-
-def machine(options) -> dict:
-    "Where and with what the numbers were taken."
-    from deadlayer_cres.core import environment
-
-    def installed(name):
-        try:
-            return version(name)
-        except PackageNotFoundError:
-            return None
-
-    about = environment()
-    about["argv"] = [Path(word).name if "/" in word else word for word in about["argv"]]  # no paths of this machine
-    about["packages"] |= {n: installed(n) for n in ("pandas", "tables", "scikit-learn")}
-    return about | {"cpu": about.get("cpu") or cpu_model(), "cores": len(os.sched_getaffinity(0)),
-                    "threads": options.threads, "load_average": os.getloadavg()}
 
 
 def link_some(folder: Path, n: int, to: Path) -> Path:
@@ -418,10 +309,6 @@ def print_summary(report: dict) -> None:
               f"peak {row['peak_MB']} MB")
 
 
-def spread(row: dict) -> str:
-    return f"{row['median']:g} ({row['min']:g} to {row['max']:g})"
-
-
 def run(workers: list[Worker], options, deadline: float) -> dict:
     "All tasks on all workers; a published program that fails is noted, and the rest done without it."
     tasks = {
@@ -450,7 +337,7 @@ def main(argv: list[str] | None = None) -> None:
     options, begun = parse(argv), time.perf_counter()
     from deadlayer_cres.core import write_json
 
-    about = machine(options)
+    about = machine.about("pandas", "tables", "scikit-learn", threads=options.threads)
     if about["load_average"][0] > 0.5:
         say(f"warning: the machine is busy, load average {about['load_average'][0]:.1f}; the rates will be too low")
     programs = {"published": Published, "ours": Ours}

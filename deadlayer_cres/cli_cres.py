@@ -194,6 +194,7 @@ def add_infer(p: Parser) -> None:
     p.add_argument("--window", type=int, help="samples of a window; default: as in the training")
     p.add_argument("--stride", type=int, help="samples from one window to the next; default: the window")
     p.add_argument("--loss", type=str, default="larmor", help="energy loss: larmor, fit, or a number in eV/s")
+    p.add_argument("--full", type=str, help="with --track: a run that takes the full track at once, to stand beside")
 
 def infer(args: Namespace) -> None:
     "Infer energy and pitch angle of the events, or of the full tracks, in files."
@@ -205,8 +206,8 @@ def infer(args: Namespace) -> None:
     if args.track:
         infer_tracks(args)
         return
-    if args.window or args.stride or args.loss != "larmor":
-        raise ConfigError("--track with --window, --stride and --loss", "none", row="infer", remedy="give --track")
+    if args.window or args.stride or args.full or args.loss != "larmor":
+        raise ConfigError("--track with --window, --stride, --loss and --full", "none", row="infer", remedy="give --track")
     check_target(args.out, args.overwrite)
     done = infer_files(args.run, args.files, args.out, args.noise, args.batch_size, overwrite=args.overwrite)
     print_pairs(f"Inferred {done.out}", {
@@ -228,7 +229,7 @@ def infer_tracks(args: Namespace) -> None:
     for name in (args.out, windows_name(args.out)):
         check_target(name, args.overwrite)
     done, first = infer_track_files(args.run, args.files, args.out, args.window, args.stride, loss, args.noise,
-                                    args.overwrite)
+                                    args.overwrite, args.full)
     picture = Path(args.out).with_suffix(".png")
     save_png(picture, plot_track(first, int(first.tracks["event"][0])))
     print_pairs(f"Inferred {done.out}", {"tracks": f"{done.events:,} of {done.files:,} files in {done.seconds:.1f} s",

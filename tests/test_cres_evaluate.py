@@ -381,7 +381,8 @@ def test_a_run_is_calibrated_once_and_for_all(tmp_path, pipeline):
     assert first == again and ev.read_calibration(tmp_path)["temperature"] == first["temperature"]
     after = ev.reconstruct(pipeline, events)
     assert np.allclose(pipeline.net.sigma_scale.numpy(), list(first["temperature"].values()))
-    assert all(abs(c - ev.ONE_SIGMA) < 0.005 for c in covered(after).values()), "read() applies the temperature"
+    inner = [ev.band_coverage(after, t)[-1] for t in after.targets]
+    assert all(abs(b["coverage"] - b["nominal"]) < 0.005 for b in inner), "read() applies the temperature"
     table = ev.Isotonic(**first["isotonic"])
     assert all(abs(c - ev.ONE_SIGMA) < 0.02 for c in covered(ev.apply_isotonic(table, after)).values()), "and the table"
     pipeline.net.sigma_scale.fill_(1)
@@ -480,15 +481,47 @@ def test_evaluate_takes_every_network_that_estimates(tmp_path, head, task):
     assert m["facts"]["data checksum"] == "abc" and len(ev.read_table(tmp_path / "predictions.csv")) == 120
 
 
-def test_evaluate_refuses_a_network_that_only_denoises(tmp_path):
-    with pytest.raises(ConfigError, match="denoises only"):
-        ev.evaluate(*small_run(tmp_path, task="denoise"))
+def test_a_network_that_only_denoises_is_judged_by_the_noise_it_removes(tmp_path):
+    run, config, pipeline = small_run(tmp_path, task="denoise")
+    m = ev.evaluate(run, config, pipeline)["denoising"]
+    noisy, clean, denoised, *_ = ev.denoise_events(pipeline, ev.part_events(config, "test", 256)[0])
+    before, after = (np.mean((x - clean) ** 2, dtype=np.float64) for x in (noisy, denoised))
+    assert m["removed_dB"]["value"] == pytest.approx(10 * np.log10(before / after), abs=0.01)
+    assert (tmp_path / "report.html").exists() and (tmp_path / "figures" / "denoising.png").exists()
+    with pytest.raises(DataError, match="clean events"):
+        ev.evaluate(run, config, pipeline, simulate_events(8, SMALL, noise="added"))
+
+
+def test_bands_of_mixtures_are_what_the_temperature_is_fitted_to():
+    "A posterior of two narrow modes holds all truths within one standard deviation, and is right."
+    rng, n = np.random.default_rng(5), 4000
+    truth = np.where(rng.random(n) < 0.5, -10.0, 10.0) + rng.normal(0, 2.0, n)
+    quantiles = np.tile(np.quantile(truth, ev.QUANTILES), (n, 1, 1))
+    p = ev.Predictions(("energy_eV",), np.zeros((n, 1)), np.full((n, 1), 10.2), {"energy_eV": truth}, {}, quantiles)
+    assert abs(ev.fit_temperature(p)[0] - 1) < 0.02 and np.mean(np.abs(truth) < 10.2) < 0.6
+    narrow = replace(p, quantiles=quantiles * 0.5)
+    fixed = ev.scale_sigma(narrow, ev.fit_temperature(narrow))
+    assert ev.band_coverage(fixed)[-1]["coverage"] == pytest.approx(ev.ONE_SIGMA, abs=0.01)
+    assert not ev.doubts(ev.figures_of_merit(p, repeats=20)) and ev.doubts(ev.figures_of_merit(narrow, repeats=20))
+
+
+@pytest.mark.parametrize("use", ["temperature", "isotonic", "none"])
+def test_a_run_uses_the_calibration_that_was_asked_for(tmp_path, use):
+    run, config, pipeline = small_run(tmp_path, "gaussian")
+    ev.evaluate(run, config, pipeline, calibrate="temperature", n=150)
+    ev.evaluate(run, config, pipeline, calibrate=use, n=150)
+    table = ev.read_calibration(tmp_path)
+    assert table["use"] == use and (use == "none") == bool((pipeline.net.sigma_scale == 1).all())
+    p = ev.reconstruct(pipeline, ev.part_events(config, "test", 150)[0], "auto", first=1_000_000_000)
+    saved = ev.read_table(tmp_path / "predictions.csv")
+    assert np.allclose(ev.isotonic_of(table)(p).sigma, saved.sigma, rtol=1e-4)
+    assert (use == "isotonic") != np.allclose(p.sigma, saved.sigma, rtol=1e-4)
 
 
 def test_denoised_signals_come_back_in_volts(tmp_path):
     _, _, pipeline = small_run(tmp_path, "gaussian", "both")
     clean = simulate_events(8, SMALL)
-    noisy, back, denoised, rate = ev.denoise_events(pipeline, clean)
+    noisy, back, denoised, rate, _ = ev.denoise_events(pipeline, clean)
     assert np.abs(back).max() == pytest.approx(np.abs(clean.ts).max(), rel=0.3) and 50e6 < rate < 80e6
     inside = rate / 403e6  # of the noise power
     assert noisy.std() == pytest.approx(0.0471 * inside**0.5, rel=0.1) and denoised.shape == back.shape
@@ -558,7 +591,7 @@ def test_doubts_are_raised_and_only_then():
     bad = ev.mean_baseline(p, p)
     bad = replace(bad, sigma=bad.sigma / 10)
     said = ev.doubts(ev.figures_of_merit(bad, repeats=20) | {"baselines": m["baselines"]})
-    assert any("no better" in s for s in said) and any("too small" in s for s in said)
+    assert any("not below" in s for s in said) and any("too small" in s for s in said)
     better = replace(p, mean=p.mean + 3 * (p.mean - np.stack([p.truth[t] for t in p.targets], 1)))
     assert any("posterior" in s for s in ev.doubts(ev.figures_of_merit(p, limit=better, repeats=20)))
 

@@ -584,3 +584,17 @@ if __name__ == "__main__":
         train(parallel_config(kind, events_path), folder / f"two-{kind}", device="cpu")
     with pytest.raises(RunError, match="overwrite"):  # in both processes
         train(parallel_config("stream", events_path), folder / "two-stream", device="cpu")
+
+
+def test_noise_is_not_added_twice(tmp_path):
+    write_store(simulate_events(40, SMALL, noise="added"), tmp_path / "noisy.h5")
+    c = config(data={"source": "files", "files": [str(tmp_path / "noisy.h5")]})
+    with pytest.raises(ConfigError, match="prep.noise none"):
+        go(c, tmp_path / "run")
+    assert not (tmp_path / "run").exists()
+    assert go(replace(c, prep=replace(c.prep, noise="none")), tmp_path / "run").history
+
+
+def test_there_must_be_something_to_freeze():
+    with pytest.raises(ConfigError, match="branches"):
+        StartConfig(freeze=True)

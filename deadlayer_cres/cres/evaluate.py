@@ -9,13 +9,14 @@ __all__ = ['FWHM', 'TAIL', 'REPEATS', 'Statistic', 'PERCENT', 'ONE_SIGMA', 'TWO_
            'event_blocks', 'reconstruct', 'join', 'core_fit', 'half_maximum_width', 'with_errors', 'residual_statistic',
            'resolution_at_efficiency', 'calibration_statistic', 'ratio_to_limit', 'efficiency_weights',
            'figures_of_merit', 'mean_baseline', 'peak_baseline', 'fit_temperature', 'scale_sigma', 'Isotonic',
-           'apply_isotonic', 'band_coverage', 'fit_calibration', 'calibrate_run', 'read_calibration', 'axis_label',
-           'in_unit', 'varied', 'variables', 'plot_distributions', 'plot_truth', 'plot_residuals', 'binned_cores',
-           'plot_energy_against', 'plot_width_against_count', 'plot_all_against_all', 'plot_power', 'plot_frequencies',
-           'plot_reconstructed', 'by_track_length', 'plot_length', 'plot_calibration', 'plot_sigma_against',
-           'plot_efficiency_curve', 'plot_denoising', 'judged', 'merit_rows', 'calibration_rows', 'held_out_rows',
-           'limit_text', 'doubts', 'print_rows', 'print_table', 'report', 'report_sections', 'part_events',
-           'check_events', 'evaluate', 'denoise_events', 'read_metrics', 'comparison_rows']
+           'apply_isotonic', 'band_coverage', 'fit_calibration', 'calibrate_run', 'read_calibration', 'isotonic_of',
+           'axis_label', 'in_unit', 'varied', 'variables', 'plot_distributions', 'plot_truth', 'plot_residuals',
+           'binned_cores', 'plot_energy_against', 'plot_width_against_count', 'plot_all_against_all', 'plot_power',
+           'plot_frequencies', 'plot_reconstructed', 'by_track_length', 'plot_length', 'plot_calibration',
+           'plot_sigma_against', 'plot_efficiency_curve', 'plot_denoising', 'judged', 'merit_rows', 'calibration_rows',
+           'held_out_rows', 'limit_text', 'doubts', 'print_rows', 'print_table', 'report', 'report_sections',
+           'part_events', 'check_events', 'evaluate', 'denoise_events', 'denoising_merit', 'read_metrics',
+           'comparison_rows']
 
 # %% ../../nbs/cres/26_evaluate.ipynb #478cc99e
 import contextlib
@@ -593,6 +594,8 @@ def figures_of_merit(
         if np.isfinite(sigma).all():
             table["resolution_at_efficiency"] = resolution_at_efficiency(r, sigma, seed, repeats)
             table["calibration"] = with_errors(calibration_statistic(r, sigma), np.ones(len(p)), seed, repeats)
+            if p.quantiles is not None:
+                table["bands"] = band_coverage(p, target)
         if limit is not None and target in limit.targets:
             table["limit"] = ratio_to_limit(p, limit, target, seed, repeats)
     if len(found) == 1:
@@ -627,20 +630,29 @@ def peak_baseline(
 def fit_temperature(
     p: Predictions,  # validation events, with unscaled sigmas
 ) -> np.ndarray:  # (T,) factors; 1 for a target without sigma or truth
-    "Factors that give the predicted sigmas the nominal coverage of one sigma."
-    factors = np.ones(len(p.targets))
+    "Factors that give the innermost pair of quantiles, or without quantiles one sigma, its nominal coverage."
+    factors, (low, middle, high), nominal = np.ones(len(p.targets)), *_inner_band(p)
     for k, target in enumerate(p.targets):
         if target in p.truth and np.isfinite(p.sigma[:, k]).all():
-            z = np.abs(residual(p, target)) / np.maximum(p.sigma[:, k], 1e-300)
-            factors[k] = np.quantile(z, ONE_SIGMA)
+            miss = p.truth[target] - middle[:, k]
+            width = np.where(miss > 0, high[:, k] - middle[:, k], middle[:, k] - low[:, k])
+            factors[k] = np.quantile(np.abs(miss) / np.maximum(width, 1e-300), nominal)
     return factors
 
+def _inner_band(p: Predictions) -> tuple[tuple[np.ndarray, ...], float]:  # low, middle, high (n, T); nominal coverage
+    "The innermost central interval that is predicted; that of one sigma about the mean without quantiles."
+    if p.quantiles is None:
+        return (p.mean - p.sigma, p.mean, p.mean + p.sigma), ONE_SIGMA
+    low, middle, high = (i + len(p.levels) // 2 for i in (-1, 0, 1))
+    return tuple(p.quantiles[:, :, i] for i in (low, middle, high)), p.levels[high] - p.levels[low]
+
 def scale_sigma(p: Predictions, factors: np.ndarray) -> Predictions:
-    "Predictions whose sigmas, quantiles and widths of modes are scaled about the mean by `factors` (T,)."
-    def about(x, centre):
-        return None if x is None else centre + (x - centre) * factors[:, None]
-    widths = None if p.widths is None else p.widths * factors
-    return replace(p, sigma=p.sigma * factors, quantiles=about(p.quantiles, p.mean[:, :, None]), widths=widths)
+    "Predictions whose sigmas, quantiles (about the median) and widths of modes are scaled by `factors` (T,)."
+    quantiles, widths = p.quantiles, None if p.widths is None else p.widths * factors
+    if quantiles is not None:
+        median = quantiles[:, :, [len(p.levels) // 2]]
+        quantiles = median + (quantiles - median) * factors[:, None]
+    return replace(p, sigma=p.sigma * factors, quantiles=quantiles, widths=widths)
 
 # %% ../../nbs/cres/26_evaluate.ipynb #d600417d
 @dataclass
@@ -731,13 +743,15 @@ def calibrate_run(
     run,  # `deadlayer_cres.train.Run`
     pipeline,  # its pipeline
     valid: Callable[[], Predictions],  # gives the predictions of the pipeline for the validation events
+    use: str = "temperature",  # which the network is to use from now on: temperature, isotonic (upon it) or none
 ) -> dict:  # content of calibration.json
     "Fit the temperature into the weights of the run, and write both calibrations to calibration.json."
     scale = pipeline.net.sigma_scale
     scale.fill_(1.0)
-    found = fit_calibration(valid())
-    scale.copy_(torch.tensor(list(found["temperature"].values())).to(scale))
-    run.save_weights(pipeline, temperature=found["temperature"])
+    found = {"use": use} | fit_calibration(valid())
+    if use != "none":
+        scale.copy_(torch.tensor(list(found["temperature"].values())).to(scale))
+    run.save_weights(pipeline, temperature=dict(zip(found["temperature"], scale.tolist(), strict=True)))
     write_json(run.path / CALIBRATION, found)
     return found
 
@@ -747,6 +761,13 @@ def read_calibration(
     "What `calibrate_run` wrote."
     path = Path(folder) / CALIBRATION
     return read_json(path) if path.exists() else None
+
+def isotonic_of(calibration: Mapping | None) -> Callable[[Predictions], Predictions]:
+    "What is to be done with the predictions of a calibrated network: the isotonic table if it is in use, else nothing."
+    if not calibration or calibration.get("use") != "isotonic":
+        return lambda p: p
+    table = Isotonic(**calibration["isotonic"])
+    return lambda p: apply_isotonic(table, p)
 
 # %% ../../nbs/cres/26_evaluate.ipynb #ccddfc3f
 AXES = {  # label -> what to write, unit, factor to that unit
@@ -1008,6 +1029,7 @@ def plot_length(
 def plot_calibration(
     p: Predictions,
     others: Mapping[str, Predictions] | None = None,  # the same events calibrated otherwise, for the curve of coverage
+    label: str = "as predicted",  # of the predictions
 ) -> Figure:
     "Predicted sigma against actual spread, coverage and z-scores of each target that has a sigma."
     known = [k for i, k in enumerate(p.targets) if k in p.truth and np.isfinite(p.sigma[:, i]).all()]
@@ -1017,7 +1039,7 @@ def plot_calibration(
         for row, name in zip(axes, known, strict=True):
             r, sigma = residual(p, name), p.sigma[:, _target(p, name)]
             _draw_spread(row[0], r, sigma, name)
-            all_of_them = {"as predicted": p, **(others or {})}
+            all_of_them = {label: p, **(others or {})}
             for style, (label, q) in zip(("-", "--", "-."), all_of_them.items(), strict=False):
                 z = np.sort(np.abs(residual(q, name)) / np.maximum(q.sigma[:, _target(q, name)], 1e-300))
                 row[1].plot(np.append(z, 4), np.append((np.arange(len(z)) + 1) / len(z), 1), style, label=label)
@@ -1034,7 +1056,7 @@ def plot_calibration(
 
 def _draw_spread(ax, r: np.ndarray, sigma: np.ndarray, name: str, groups: int = 15) -> None:
     "RMS and core width of the residuals in groups of similar predicted sigma."
-    parts = np.array_split(sigma.argsort(kind="stable"), max(1, min(groups, len(r) // 20)))
+    parts = np.array_split(sigma.argsort(kind="stable"), max(1, min(groups, len(r) // 50)))
     claimed, rms = ([np.sqrt(np.mean(x[i] ** 2)) for i in parts] for x in (sigma, r))
     ax.plot(claimed, rms, "o", label="RMS")
     ax.plot(claimed, [core_fit(r[i])[1] for i in parts], "^", label="core sigma")
@@ -1091,6 +1113,7 @@ def plot_efficiency_curve(
 def plot_denoising(
     noisy: np.ndarray, clean: np.ndarray, denoised: np.ndarray,  # (n, 2, samples) in V
     sampling_rate_Hz: float = SAMPLING_RATE_HZ,
+    centre_Hz: float = 0.0,  # what was mixed down to zero
     rows: int = 2,  # events drawn
     stretch: int = 256,  # samples drawn
 ) -> Figure:
@@ -1098,7 +1121,7 @@ def plot_denoising(
     rows = min(rows, len(noisy))
     series = {"noisy": noisy, "clean": clean, "denoised": denoised}
     colours = dict(zip(series, ("#bbbbbb", COLOURS[0], COLOURS[1]), strict=True))
-    f = np.fft.fftshift(np.fft.fftfreq(noisy.shape[2], 1e6 / sampling_rate_Hz))
+    f = np.fft.fftshift(np.fft.fftfreq(noisy.shape[2], 1e6 / sampling_rate_Hz)) + centre_Hz / 1e6
     with figure(rows + 1, 2, width=8, height=2.1 * (rows + 1), squeeze=False) as (fig, axes):
         for i, (left, right) in enumerate(axes[:rows]):
             top = (np.abs(np.fft.fft(clean[i, 0] + 1j * clean[i, 1])) ** 2).max() / clean.shape[2] / sampling_rate_Hz
@@ -1167,20 +1190,23 @@ def _merit_cells(row: Mapping, target: str) -> list[str]:
 # %% ../../nbs/cres/26_evaluate.ipynb #f5d84bda
 def calibration_rows(metrics: Mapping) -> tuple[list[str], list[list[str]]]:  # column titles, rows
     "Coverage of the network for each target."
-    names = ("coverage_1_sigma", "coverage_2_sigma", "z_rms")
-    rows = [[target, *(_cell(metrics[target]["calibration"][k]) for k in names)]
+    rows = [[target, *(_cell(metrics[target]["calibration"][k]) for k in _HONEST), _bands(metrics[target].get("bands"))]
             for target in judged(metrics) if "calibration" in metrics[target]]
-    return ["calibration", f"within 1 σ ({ONE_SIGMA:.3f})", f"within 2 σ ({TWO_SIGMA:.3f})", "z-score RMS (1)"], rows
+    return ["calibration", f"within 1 σ ({ONE_SIGMA:.3f})", f"within 2 σ ({TWO_SIGMA:.3f})", "z-score RMS (1)",
+            "bands (nominal)"], rows
+
+_HONEST = ("coverage_1_sigma", "coverage_2_sigma", "z_rms")
+
+def _bands(rows: Sequence[Mapping] | None) -> str:
+    "Coverage of the bands in a line."
+    return ", ".join(f"{b['coverage']:.3f} ({b['nominal']:.3f})" for b in rows or ()) or "-"
 
 def held_out_rows(calibration: Mapping) -> tuple[list[str], list[list[str]]]:  # column titles, rows
     "Coverage before and after calibration, from `calibration.json`."
     rows = []
     for how, targets in calibration["coverage"].items():
         for target, c in targets.items():
-            bands = ", ".join(f"{b['coverage']:.3f} ({b['nominal']:.3f})" for b in c["bands"])
-            names = ("coverage_1_sigma", "coverage_2_sigma", "z_rms")
-            rows.append([f"{target}, {how}", *(f"{c[k]:.3f}" for k in names),
-                         bands or "-"])
+            rows.append([f"{target}, {how}", *(f"{c[k]:.3f}" for k in _HONEST), _bands(c["bands"])])
     return ["validation events", "within 1 σ", "within 2 σ", "z-score RMS", "bands (nominal)"], rows
 
 def limit_text(metrics: Mapping) -> list[str]:
@@ -1192,6 +1218,14 @@ def limit_text(metrics: Mapping) -> list[str]:
             for target in judged(metrics) if "limit" in metrics[target]]
 
 # %% ../../nbs/cres/26_evaluate.ipynb #d57d0dba
+def _held(table: Mapping) -> tuple[float, float, float]:  # coverage, nominal coverage, error
+    "Coverage of the innermost band, or of one sigma where there are no bands; as it should be if nothing is predicted."
+    if table.get("bands"):
+        band = table["bands"][-1]
+        return band["coverage"], band["nominal"], band["error"]
+    c = table.get("calibration", {}).get("coverage_1_sigma", {"value": ONE_SIGMA, "error": 0.0})
+    return c["value"], ONE_SIGMA, c["error"]
+
 def doubts(metrics: Mapping) -> list[str]:  # warnings; empty if all is as it should be
     "What a reader of these metrics should be warned about."
     said = []
@@ -1200,13 +1234,12 @@ def doubts(metrics: Mapping) -> list[str]:  # warnings; empty if all is as it sh
         for name, table in metrics.get("baselines", {}).items():
             base = table.get(target, {}).get("all", {}).get("rms")
             if base and rms["value"] > base["value"] - 2 * math.hypot(rms["error"], base["error"]):
-                said.append(f"{target}: the RMS {_cell(rms)} is no better than that of the trivial baseline {name}, "
-                            f"{_cell(base)}.")
-        c = metrics[target].get("calibration", {}).get("coverage_1_sigma")
-        if c and abs(c["value"] - ONE_SIGMA) > max(0.03, 4 * c["error"]):
-            size = "large" if c["value"] > ONE_SIGMA else "small"
-            said.append(f"{target}: the uncertainties are too {size}: one sigma "
-                        f"holds {c['value']:.1%} of the truths, nominally {ONE_SIGMA:.1%}.")
+                said.append(f"{target}: the RMS {_cell(rms)} is not below that of the trivial baseline {name}, "
+                            f"{_cell(base)}, by two standard errors.")
+        held, nominal, error = _held(metrics[target])
+        if abs(held - nominal) > max(0.03, 4 * error):
+            said.append(f"{target}: the uncertainties are too {'large' if held > nominal else 'small'}: {held:.1%} of "
+                        f"the truths lie where {nominal:.1%} should.")
         ratio = metrics[target].get("limit", {}).get("rms_ratio")
         if ratio and ratio["value"] < 1 - 4 * ratio["error"]:
             said.append(f"{target}: the RMS is below that of the posterior, which cannot be; check that no test event "
@@ -1230,12 +1263,24 @@ def print_table(metrics: Mapping, console: Console | None = None) -> None:
     for header, rows in [*tables, calibration_rows(metrics)]:
         if rows:
             print_rows(header, rows, console)
+    if "denoising" in metrics:
+        print_rows(["denoising", "value"], [[k, f"{v['value']:.4g} ± {v['error']:.2g}"]
+                                            for k, v in metrics["denoising"].items()], console)
     for text in limit_text(metrics):
         console.print(text, highlight=False)
 
 # %% ../../nbs/cres/26_evaluate.ipynb #d4eb2939
+def _otherwise(p: Predictions, calibration: Mapping | None) -> tuple[dict[str, Predictions], str]:
+    "The same events calibrated otherwise, and how `p` itself is."
+    use = (calibration or {}).get("use", "temperature")
+    if not calibration or use == "isotonic":
+        return {}, "isotonic" if calibration else "as predicted"
+    scaled = p if use == "temperature" else scale_sigma(p, np.array(list(calibration["temperature"].values())))
+    others = {"isotonic": apply_isotonic(Isotonic(**calibration["isotonic"]), scaled)}
+    return (others, use) if use == "temperature" else ({"temperature": scaled} | others, "uncalibrated")
+
 def _figures(
-    p: Predictions, limit: Predictions | None, others: Mapping[str, Predictions]
+    p: Predictions, limit: Predictions | None, others: Mapping[str, Predictions], label: str
 ) -> dict[str, tuple[Figure, str]]:
     "All figures that these predictions allow: file name -> figure, what it shows."
     own = {"this network": p} | ({"posterior": limit} if limit is not None else {})
@@ -1250,7 +1295,7 @@ def _figures(
         "frequencies": (lambda: plot_frequencies(p), "Axial and carrier frequency, coloured by the energy residual."),
         "power": (lambda: plot_power(p), "Energy residual against the power of the signal; lines at ±3 eV."),
         "length": (lambda: plot_length(by_track_length(p)), "Resolution against track length."),
-        "calibration": (lambda: plot_calibration(p, others),
+        "calibration": (lambda: plot_calibration(p, others, label),
                         "Predicted sigma against actual spread, coverage, z-scores."),
         "sigma_against": (lambda: plot_sigma_against(p), "Predicted and actual RMS in bins of each variable."),
         "efficiency_curve": (lambda: plot_efficiency_curve(own), "Resolution of the best events by their own sigma."),
@@ -1273,7 +1318,7 @@ def report(
     limit: Predictions | None = None,  # the posterior of the same events
     baselines: Mapping[str, Predictions] | None = None,  # name -> predictions of the same events
     calibration: Mapping | None = None,  # content of calibration.json
-    denoising: tuple | None = None,  # noisy, clean, denoised, each (n, 2, samples), and their sampling rate in Hz
+    denoising: tuple | None = None,  # what `denoise_events` returns
     history: Sequence[Mapping] | None = None,  # of the training
     facts: Mapping | None = None,  # names and values for the report
     seed: int = 0,  # of the bootstrap
@@ -1285,8 +1330,7 @@ def report(
     if limit is not None:
         metrics["posterior"] = figures_of_merit(limit, efficiency, None, seed)
     metrics["facts"] = dict(facts or {})
-    others = {} if not calibration else {"isotonic": apply_isotonic(Isotonic(**calibration["isotonic"]), p)}
-    made = _figures(p, limit, others)
+    made = _figures(p, limit, *_otherwise(p, calibration))
     if denoising is not None:
         made["denoising"] = plot_denoising(*denoising), "Noisy, clean and denoised signals, and the mean square error."
     if history:
@@ -1391,31 +1435,34 @@ def evaluate(
     if calibrate not in ("temperature", "isotonic", "none"):
         raise ConfigError("temperature, isotonic or none", repr(calibrate), row="calibrate")
     samples, device = config.data.samples, _device(pipeline)
-    if pipeline.net.config.task == "denoise":
-        raise ConfigError("a network that estimates energies", "one that denoises only", run.path, remedy="use "
-                          "plot_denoising, or train with model.task both")
     if events is not None:
         check_events(config, events)
+    if pipeline.net.config.task == "denoise":
+        events = part_events(config, "test", n, device)[0] if events is None else events
+        return _evaluate_denoiser(run, config, pipeline, events, Path(folder or run.path), seed)
     valid_events, how = part_events(config, "valid", n, device)
     valid = reconstruct(pipeline, valid_events, how, samples)
     gaussian = bool(np.isfinite(valid.sigma).all())
     calibration = None
-    if calibrate != "none" and gaussian:
-        calibration = calibrate_run(run, pipeline, lambda: reconstruct(pipeline, valid_events, how, samples))
+    if gaussian:
+        calibration = calibrate_run(run, pipeline, lambda: reconstruct(pipeline, valid_events, how, samples), calibrate)
     if events is None:
         events, noise = part_events(config, "test", n, device)
-    p = reconstruct(pipeline, events, noise, samples, first=_FIRST["test"], show_progress=True)
-    p = apply_isotonic(Isotonic(**calibration["isotonic"]), p) if calibration and calibrate == "isotonic" else p
+    p = isotonic_of(calibration)(
+        reconstruct(pipeline, events, noise, samples, first=_FIRST["test"], show_progress=True))
     baselines = {"mean": mean_baseline(valid, p, p.targets)}
     if {"energy_eV"} <= set(p.targets) & set(p.truth):
         baselines["peak frequency"] = peak_baseline(valid, p)
     folder = Path(folder or run.path)
-    seen = events[:256] if isinstance(events, Events) else events.read(slice(256), samples)
-    metrics = report(folder, p, efficiency, limit, baselines, calibration,
-                     denoise_events(pipeline, seen) if pipeline.net.denoiser is not None else None, run.history,
+    seen = None if pipeline.net.denoiser is None else denoise_events(pipeline, _some(events, samples))
+    metrics = report(folder, p, efficiency, limit, baselines, calibration, seen, run.history,
                      _facts(run, config, pipeline, noise, calibrate if calibration else "none"), seed)
     write_table(folder / "predictions.csv", p)
     return metrics
+
+def _some(events: Events | EventStore, samples: int, n: int = 256) -> Events:
+    "The first events, of the length of the training."
+    return events[:n] if isinstance(events, Events) else events.read(slice(n), samples)
 
 def _facts(run, config, pipeline, noise: str, calibrate: str) -> dict:
     "What a reader of the report wants to know of the run."
@@ -1430,8 +1477,8 @@ def _facts(run, config, pipeline, noise: str, calibrate: str) -> dict:
 def denoise_events(
     pipeline,  # whose network denoises
     events: Events,  # clean
-) -> tuple[np.ndarray, np.ndarray, np.ndarray, float] | None:  # noisy, clean, denoised (n, 2, m) in V; their rate in Hz
-    "Clean events with noise and denoised, as the network gets them; None if noisy, or if no time series."
+) -> tuple[np.ndarray, np.ndarray, np.ndarray, float, float] | None:  # noisy, clean, denoised in V; rate, centre in Hz
+    "Clean events (n, 2, m) with noise and denoised, as the network gets them; None if noisy, or if no time series."
     ts, step = torch.from_numpy(events.ts).to(_device(pipeline)), noise_step(pipeline)
     quiet = pipeline.prep.without_noise()
     quiet = quiet.branches[0] if hasattr(quiet, "branches") else quiet
@@ -1441,8 +1488,46 @@ def denoise_events(
     factor = scale.std.view(1, -1, 1) if isinstance(scale, Scale) else 1.0
     series = [quiet(x) for x in (step(ts, torch.arange(len(ts), device=ts.device)), ts)]
     out = pipeline.net.denoiser(series[0])
-    rate = 1 / float(quiet.time_s[1] - quiet.time_s[0])
-    return *((x * factor).cpu().numpy() for x in (*series, out)), rate
+    rate, mixed = 1 / float(quiet.time_s[1] - quiet.time_s[0]), "decimate" in quiet.steps
+    return (*((x * factor).cpu().numpy() for x in (*series, out)), rate,
+            quiet.steps["decimate"].centre_Hz if mixed else 0.0)
+
+# %% ../../nbs/cres/26_evaluate.ipynb #e31650f2
+def denoising_merit(
+    noisy: np.ndarray, clean: np.ndarray, denoised: np.ndarray,  # (n, 2, samples) in V
+    seed: int = 0,  # of the bootstrap
+) -> dict:  # each with its error
+    "Mean square errors before and after, and the noise removed in dB: of all events together, and the median of them."
+    before, after = (np.mean((x - clean) ** 2, (1, 2), dtype=np.float64) for x in (noisy, denoised))
+
+    def statistic(w: np.ndarray) -> dict[str, float]:
+        each, share = 10 * np.log10(before / np.maximum(after, 1e-300)), w / w.sum()
+        a, b, order = share @ before, share @ after, np.argsort(each)
+        middle = each[order][np.searchsorted(share[order].cumsum(), 0.5).clip(max=len(each) - 1)]
+        return {"mse_before_V2": a, "mse_after_V2": b, "removed_dB": 10 * math.log10(a / max(b, 1e-300)),
+                "median_removed_dB": float(middle)}
+    return with_errors(statistic, np.ones(len(clean)), seed)
+
+def _evaluate_denoiser(run, config, pipeline, events, folder: Path, seed: int) -> dict:
+    "What `evaluate` does for a network that only denoises."
+    made = denoise_events(pipeline, _some(events, config.data.samples))
+    if made is None:
+        raise DataError("clean events, to compare with, and a network of time series", "events with noise, or spectra",
+                        run.path, remedy="give simulated events without noise")
+    metrics = {"events": len(made[0]), "baselines": {}, "denoising": denoising_merit(*made[:3], seed),
+               "facts": _facts(run, config, pipeline, "added", "none")}
+    figures = {"denoising": (plot_denoising(*made), "Noisy, clean and denoised signals, and the mean square error.")}
+    if run.history:
+        figures["history"] = plots.plot_history(run.history), "Loss against epoch."
+    for name, (fig, _) in figures.items():
+        plots.save_png(folder / "figures" / f"{name}.png", fig)
+    rows = [[k, f"{v['value']:.4g} ± {v['error']:.2g}"] for k, v in metrics["denoising"].items()]
+    facts = [[k, v] for k, v in metrics["facts"].items()]
+    plots.html_report(folder / "report.html", f"Evaluation of {folder.resolve().name}", [
+        Section("How much noise is removed?", tables=[Table(["", "value"], rows)], figures=[figures["denoising"]]),
+        Section("Training", tables=[Table(["", "value"], facts)], figures=list(figures.values())[1:])])
+    write_json(folder / "metrics.json", metrics)
+    return metrics
 
 # %% ../../nbs/cres/26_evaluate.ipynb #5588c3e6
 def read_metrics(

@@ -764,7 +764,7 @@ def in_physical_units(
     "Undo the scaling of the targets; raises `NotFittedError` before `scale` is fitted."
     quantiles = p.quantiles
     if quantiles is not None:
-        median = p.mean.unsqueeze(-1)
+        median = quantiles[..., [quantiles.shape[-1] // 2]]
         quantiles = median + sigma_scale[:, None] * (quantiles - median)
         quantiles = scale.inverse(quantiles.transpose(1, 2)).transpose(1, 2)
     return Prediction(scale.inverse(p.mean), sigma_scale * scale.inverse_sigma(p.sigma), quantiles, p.weight,

@@ -5,8 +5,8 @@
 # %% auto #0
 __all__ = ['DataConfig', 'CurriculumConfig', 'StartConfig', 'Config', 'StreamBatches', 'Numbered', 'free_memory_bytes',
            'where_to_hold', 'fitting_size', 'StreamSource', 'FileSource', 'open_source', 'build_pipeline',
-           'fit_statistics', 'start_from', 'TrainingNoise', 'CleanTarget', 'Residuals', 'Score', 'scores',
-           'plot_training', 'Diagnostics', 'Track', 'train', 'load_run']
+           'check_noise', 'fit_statistics', 'start_from', 'TrainingNoise', 'CleanTarget', 'Residuals', 'Score',
+           'scores', 'plot_training', 'Diagnostics', 'Track', 'train', 'load_run']
 
 # %% ../../nbs/cres/29_train.ipynb #1f236733
 import os
@@ -42,6 +42,7 @@ from deadlayer_cres.cres.data import (
     concatenate,
     read_events,
 )
+from .evaluate import needs_noise, noise_step
 from deadlayer_cres.cres.model import (
     Axis,
     EventLoss,
@@ -120,6 +121,11 @@ class StartConfig:
     branches: list[str | None] = field(default_factory=list)  # for each branch a run with one branch; null for none
     denoiser: str | None = None  # a run whose network denoises
     freeze: bool = False  # do not train these parts any further
+
+    def __post_init__(self):
+        if self.freeze and not (any(self.branches) or self.denoiser):
+            raise ConfigError("runs whose weights are to be frozen", "none", row="start_from.freeze",
+                              remedy="give start_from.branches or start_from.denoiser")
 
 @dataclass
 class Config:
@@ -403,6 +409,15 @@ def _channels(prep: Prep, samples: int) -> int | tuple[int, int]:
     return input_channels(x)
 
 # %% ../../nbs/cres/29_train.ipynb #54d77214
+def check_noise(pipeline: Pipeline, source: StreamSource | FileSource) -> None:
+    "Raise a `ConfigError` if noise would be added to events that have it already."
+    if isinstance(source, StreamSource) or noise_step(pipeline) is None:
+        return
+    some = source.read(np.sort(source.train)[:64], None)
+    if not needs_noise(pipeline, torch.from_numpy(some.ts)):
+        raise ConfigError("clean events", "events with noise, to which prep.noise would add more", source.config.files[0],
+                          "prep.noise", "give --prep.noise none")
+
 def fit_statistics(pipeline: Pipeline, source: StreamSource | FileSource) -> None:
     "Fit batch steps and target scales on training events."
     ts, targets, noise = source.sample()
@@ -690,6 +705,7 @@ def train(
     config = _resolved(config, source)
     pipeline = build_pipeline(config, source.samples, source.sampling_rate_Hz).to(device)
     fit_statistics(pipeline, source)
+    check_noise(pipeline, source)
     start_from(pipeline, config)
     learn = _learner(config, pipeline, source, device, cbs)
     run = _open_or_create(config, path, source.checksum, resume, overwrite)

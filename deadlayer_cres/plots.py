@@ -21,6 +21,7 @@ from matplotlib.axes import Axes
 from matplotlib.collections import PolyCollection
 from matplotlib.colorbar import Colorbar
 from matplotlib.figure import Figure
+from matplotlib.ticker import MaxNLocator
 
 from .core import DataError, atomic_path
 
@@ -127,12 +128,13 @@ def plot_history(
     sides = {side: names for side, names in sides.items() if names}
     if not sides:
         raise DataError("a column named like a loss or an accuracy", ", ".join(history) or "no columns")
-    epoch = np.asarray(history.get("epoch", np.arange(len(next(iter(columns.values()))))))
+    epoch = 1 + np.asarray(history.get("epoch", np.arange(len(next(iter(columns.values()))))), float)
     with figure(1, len(sides), width=3.2 * len(sides), height=2.6, squeeze=False) as (fig, axes):
         for ax, (side, names) in zip(axes[0], sides.items(), strict=True):
             for name in names:
                 ax.plot(epoch, columns[name], marker="." if len(epoch) < 40 else None, label=name.replace("_", " "))
             ax.set(xlabel="epoch", ylabel=side)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             ax.legend()
         if "loss" in sides and all((columns[k] > 0).all() for k in sides["loss"]):
             axes[0, 0].set_yscale("log")

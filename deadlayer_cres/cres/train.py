@@ -550,7 +550,7 @@ def plot_training(
     target: str,  # their name and unit
 ):  # a matplotlib figure
     "Losses, learning rate, resolution and calibration by epoch, and the residuals of the last one."
-    from matplotlib.ticker import LogFormatter
+    from matplotlib.ticker import LogFormatter, MaxNLocator
 
     from deadlayer_cres.plots import figure
 
@@ -565,6 +565,7 @@ def plot_training(
             for name in names:
                 ax.plot(epoch, [row[name] for row in history], ".-", label=name.removesuffix(f"_{target}"))
             ax.set(xlabel="epoch", ylabel=label)
+            ax.xaxis.set_major_locator(MaxNLocator(integer=True))
             if len(names) > 1:
                 ax.legend()
             if not names:

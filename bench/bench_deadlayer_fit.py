@@ -56,7 +56,7 @@ def main():
     whole = full["whole"]
     at = (whole.fccd_in_mm, whole.dlf)
     limit = fisher_sigma(fisher_information(train, at), "free", "free")
-    result["fisher_mm"] = {"at": at, "whole, scale free": float(limit)}
+    result["fisher_mm"] = {"at": at, "scale free, whole": float(limit)}
     result["coverage"] = coverage(emulator, test, args.experiments, seed=args.seed)
     result["seconds"] = time.perf_counter() - start
     write_json(HERE / "results" / "deadlayer_fit.json", result)

@@ -9,11 +9,12 @@ __all__ = ['LINES_KEV', 'PIVOT_KEV', 'NUISANCE', 'NOMINAL', 'Window', 'LEVELS', 
            'fit_window', 'coverage', 'windows_inside', 'FullFit', 'full_spectrum_fit', 'windows_figure', 'fit_figure',
            'profile', 'posterior', 'profile_figure']
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #f28e9e37
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #54a1b840
 import os
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from zipfile import BadZipFile
 
 import numpy as np
 from iminuit import Minuit
@@ -28,7 +29,7 @@ from .detector import fwhm_keV
 from .fit import fisher_sigma
 from ..plots import COLOURS, figure, step_spectrum
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #aa75c52e
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #c3a1db0a
 def inverse_anscombe(
     y: np.ndarray,  # mean of 2 sqrt(n + 3/8), any shape
 ) -> np.ndarray:  # mean of n
@@ -37,7 +38,7 @@ def inverse_anscombe(
     root = np.sqrt(1.5)
     return np.maximum(y * y / 4 + root / (4 * y) - 11 / (8 * y**2) + 5 * root / (8 * y**3) - 0.125, 0.0)
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #4b6dcede
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #9daaf0d1
 @dataclass(frozen=True, eq=False)
 class Emulator:
     "Expected spectrum for any FCCD and DLF, and how well it is known."
@@ -78,7 +79,7 @@ class Emulator:
         y = 2 * np.sqrt(spectra.counts + 0.375)
         return (y - self.transformed(spectra.fccd_in_mm, spectra.dlf)) / np.sqrt(self.scatter)
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #c7b060ce
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #82eeeb4a
 def _same_edges(spectra: Spectra, emulator: Emulator) -> None:
     "Raise a `DataError` unless the bins agree."
     if len(spectra.edges_keV) != len(emulator.edges_keV) or not np.allclose(spectra.edges_keV, emulator.edges_keV):
@@ -111,7 +112,7 @@ def fit_emulator(
     return Emulator(new.edges_keV, coefficients, np.linalg.inv(terms.T @ terms), np.maximum(scatter, 1e-6),
                     new.exposure, new.degrees, new.fccd_range_mm)
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #ef01463a
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #37b27234
 def split_simulation(
     spectra: Spectra,  # simulated
     seed: int = 0,  # of the deal
@@ -123,7 +124,7 @@ def split_simulation(
             part[chosen] = SplitConfig(seed=seed).split(spectra[chosen])
     return spectra[part == 0], spectra[part == 2]
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #84768526
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #4f5c5ac3
 @dataclass(frozen=True, eq=False)
 class EmulatorCheck:
     "Pulls of held-out spectra."
@@ -154,7 +155,7 @@ def check_emulator(
     return EmulatorCheck(held_out.centres_keV, np.sqrt((z**2).mean(0)), z.mean(0),
                          np.sqrt((z**2).mean(0) * emulator.scatter), len(held_out))
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #ee873cd8
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #72252658
 def emulator_figure(
     check: EmulatorCheck,
     n: int = 5,  # number of worst bins to name
@@ -173,7 +174,7 @@ def emulator_figure(
         bottom.set(xlabel="energy [keV]", ylabel="mean pull")
     return fig
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #ebc05880
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #12e1b651
 _NAMES = ("edges_keV", "coefficients", "inverse", "scatter", "exposure", "degrees", "fccd_range_mm")
 
 def save_emulator(
@@ -193,12 +194,12 @@ def load_emulator(
             if str(f["format"]) != "deadlayer-emulator-1":
                 raise KeyError("format")
             a = {k: f[k] for k in _NAMES}
-    except (OSError, ValueError, KeyError, AttributeError, EOFError) as e:
+    except (OSError, ValueError, KeyError, EOFError, BadZipFile) as e:
         raise DataError("a file written by save_emulator", f"{type(e).__name__}: {e}", path) from e
     return Emulator(**(a | {"exposure": float(a["exposure"]), "degrees": tuple(map(int, a["degrees"])),
                             "fccd_range_mm": tuple(map(float, a["fccd_range_mm"]))}))
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #365a8ec7
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #a2c6100c
 LINES_KEV = (30.625, 30.973, 34.98, 35.82, 53.162, 79.614, 80.998, 160.612, 223.237, 276.399, 302.851, 356.013,
              383.849, 437.011)
 "Lines in the spectrum of Ba-133: caesium X-rays, gamma lines, and the sum of 356 and 81 keV."
@@ -260,7 +261,7 @@ class Distortion:
         rest = rest - move * slope + spread / 2 * np.gradient(slope, self.centres)
         return np.maximum(rest + area @ self._shapes(shift_keV, gain, resolution), 1e-9)
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #b890c884
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #d84145d9
 NUISANCE = {"scale": 0.05, "shift_keV": 0.1, "gain": 5e-4, "resolution": 0.03, "background": np.inf}
 "Standard deviation of the prior of each nuisance parameter; background in counts per keV."
 NOMINAL = {"scale": 1.0, "shift_keV": 0.0, "gain": 0.0, "resolution": 0.0, "background": 0.0}
@@ -279,7 +280,7 @@ def barlow_beeston(
     beta = np.where(half > 0, half + root, n * tau2 / np.maximum(root - half, 1e-300))
     return beta, (beta - 1) ** 2 / tau2
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #9afbdce5
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #89a38f98
 class Likelihood:
     "Deviance (-2 ln of the likelihood ratio to the saturated model) of a spectrum as a function of all parameters."
 
@@ -334,7 +335,7 @@ class Likelihood:
                     for (k, s), x in zip(self.nuisance.items(), parameters[2:], strict=True))
         return float(2 * (mu - n + xlogy(n, n / mu)).sum() + penalty + prior)
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #cf0c8f13
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #c46c2de3
 def _minuit(likelihood: Likelihood, start: Sequence[float]) -> Minuit:
     "A minimiser with limits and step sizes."
     fit = Minuit(likelihood, *start, name=likelihood.names)
@@ -381,7 +382,7 @@ def minimise(
         fit.migrad(ncall=4000)
     return fit
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #40b50133
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #7ae29492
 @dataclass(frozen=True, eq=False)
 class WindowFit:
     "FCCD and DLF from one window."
@@ -426,7 +427,7 @@ class WindowFit:
                 "p_value": self.p_value, "inflation": self.inflation, "fisher_mm": self.fisher_mm,
                 "described": self.described, "valid": self.valid}
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #ce56d23e
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #931c73a6
 def window_information(
     emulator: Emulator,
     at: tuple[float, float],  # FCCD in mm and DLF
@@ -474,7 +475,7 @@ def _interval(fit: Minuit, name: str, low: float, high: float) -> tuple[float, f
         down = up = error
     return max(value - abs(down), low), min(value + abs(up), high)
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #3bf41e3e
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #9db13123
 LEVELS = {"68.3": 1.0, "90": 2.7055}
 "Rise of the deviance at the ends of an interval of this content in per cent."
 
@@ -522,10 +523,10 @@ def _coverage_rows(rises: np.ndarray, pulls: np.ndarray) -> dict:
                       "pull_rms": float(np.sqrt((pulls[:, k] ** 2).mean()))}
     return rows
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #edfddb2a
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #6fbcc607
 WINDOWS_KEV = {
-    "whole": ((5.0, 450.0),), "20-395": ((20.0, 395.0),), "5-20": ((5.0, 20.0),), "X-rays 20-40": ((20.0, 40.0),),
-    "40-70": ((40.0, 70.0),), "79-83": ((79.0, 83.0),), "81 and 356": ((77.0, 84.0), (352.0, 359.5)),
+    "whole": ((5.0, 450.0),), "20-395": ((20.0, 395.0),), "low continuum 5-20": ((5.0, 20.0),),
+    "X-rays 20-40": ((20.0, 40.0),), "40-70": ((40.0, 70.0),), "79-83": ((79.0, 83.0),), "81 and 356": ((77.0, 84.0), (352.0, 359.5)),
     "84-340": ((84.0, 340.0),), "356 region": ((340.0, 370.0),), "all lines": (
         (77.0, 84.0), (158.0, 163.0), (274.0, 279.0), (300.0, 306.0), (352.0, 359.5), (381.0, 386.5)),
 }
@@ -575,7 +576,7 @@ def full_spectrum_fit(
             for name, w in windows.items()]
     return FullFit(fits, dict(nuisance), mc_statistics)
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #67e995b5
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #17986a0a
 def windows_figure(full: FullFit) -> Figure:
     "FCCD and DLF of each window; thick bars as fitted, thin ones enlarged by the misfit."
     y = np.arange(len(full.fits))[::-1]
@@ -596,7 +597,7 @@ def windows_figure(full: FullFit) -> Figure:
         fig.legend(loc="outside upper center", ncols=2)
     return fig
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #4c25b7d5
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #0bdade64
 def fit_figure(fit: WindowFit) -> Figure:
     "Measured counts and fitted expectation above, pulls below."
     used = np.flatnonzero(fit.bins)
@@ -615,7 +616,7 @@ def fit_figure(fit: WindowFit) -> Figure:
         bottom.set(xlabel="energy [keV]", ylabel="pull")
     return fig
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #8ddc0187
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #14a27845
 def profile(
     likelihood: Likelihood,
     name: str = "fccd_in_mm",  # or "dlf"
@@ -664,7 +665,7 @@ def posterior(
         chain.append(x)
     return np.array(chain[-samples:])
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #3abdbe7b
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #ec3a8b00
 def profile_figure(
     profiles: Mapping[str, tuple],  # parameter -> (values, rise of the deviance)
     draws: np.ndarray | None = None,  # (n, >= 2) posterior samples, FCCD and DLF first

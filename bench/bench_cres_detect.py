@@ -57,7 +57,7 @@ def merit(p: Predictions, limit: Predictions | None) -> dict:
 def by_cell(found: np.ndarray, columns: dict) -> dict:
     "Efficiency in cells of pitch angle and radius, and in each of the two alone."
     m = efficiency_map(found, columns["pitch_angle_deg"], columns["radius_m"])
-    k, rows = np.nansum(m.efficiency * m.events, 1), {}
+    rows = {}
     for name, k, n in (("pitch", np.nansum(m.efficiency * m.events, 1), m.events.sum(1)),
                        ("radius", np.nansum(m.efficiency * m.events, 0), m.events.sum(0))):
         low, high = wilson(k, n)
@@ -75,7 +75,8 @@ def false_alarms(detector, simulator: Simulator, records: int, fresh: int) -> di
     scores = np.concatenate([detector.score(other.noise.counted(min(size, fresh - a), samples, other.seed, a)).numpy()
                              for a in range(0, fresh, size)])
     return {"records": records, "location": law.location, "scale": law.scale, "records_per_second": records / seconds,
-            "thresholds": {f"{q:g}": dict(zip(("value", "error"), law.threshold(q), strict=True)) for q in PROBABILITIES},
+            "thresholds": {f"{q:g}": dict(zip(("value", "error"), law.threshold(q), strict=True))
+                           for q in PROBABILITIES},
             "measured": {f"{q:g}": share(law.probability(scores) <= q) for q in PROBABILITIES}}
 
 
@@ -94,7 +95,8 @@ def shown(result: dict) -> str:
         value = [m[k] for k in ("rms", "core_sigma", "median_abs", "tail_fraction")]
         text = "  ".join(f"{v['value']:6.2f}({v['error']:.2f})" for v in value)
         text += "".join(f"  {e['value']:.3f}" for e in r.get("efficiency", {}).values())
-        lines.append(f"{r['what']:44}  {text}" + (f"  {r['events_per_second']:9.1f}" if "events_per_second" in r else ""))
+        text += f"  {r['events_per_second']:9.1f}" if "events_per_second" in r else ""
+        lines.append(f"{r['what']:44}  {text}")
     return "\n".join(lines)
 
 

@@ -10,7 +10,7 @@ On the first events of `cca-8k` and `cca-24k`, with standard errors:
 - `network modes, fitted`: `cres.refine.Fitter` from the modes of the network alone, at three radii each, weighed by evidence;
 - `posterior, fitted`: `Fitter` from the best places of the posteriors, their modes weighed by evidence;
 - `limit`: the mean of the exact posterior, from a table of `cres.evaluate.write_table` given with `--exact`, else calculated
-  by `cres.fit.Ridge` with its default settings.
+  by `cres.fit.Ridge` with the settings `RidgeConfig.exact()`.
 
 Single-mode events are those that the refined table flags. Times are those of the process (CPU seconds) per event.
 """
@@ -25,8 +25,8 @@ from machine import about
 
 from deadlayer_cres.core import atomic_path, write_json
 from deadlayer_cres.cres.evaluate import Predictions, read_table, reconstruct, residual
-from deadlayer_cres.cres.fit import Ridge, summaries
-from deadlayer_cres.cres.refine import QUICK, Fitter, Refiner, compare_posteriors
+from deadlayer_cres.cres.fit import Ridge, RidgeConfig, summaries
+from deadlayer_cres.cres.refine import Fitter, Refiner, compare_posteriors
 from deadlayer_cres.cres.simulate import CHECKSUMS, TEST_SETS, Simulator, test_set
 
 ROOT = Path(__file__).resolve().parents[1]
@@ -70,7 +70,7 @@ def exact_of(name: str, events, table: str | None) -> tuple[Predictions, float |
     "Exact posterior means of the events, from a table or calculated."
     if table is not None:
         return read_table(table)[:len(events)], None
-    s, seconds = timed(summaries, Ridge(Simulator(TEST_SETS[name])), events.ts)
+    s, seconds = timed(summaries, Ridge(Simulator(TEST_SETS[name]), RidgeConfig.exact()), events.ts)
     mean, sigma = (np.stack([s[f"{k}_{what}"] for k in TARGETS], 1) for what in ("mean", "sigma"))
     return Predictions(TARGETS, mean, sigma, truth=events.columns), seconds
 
@@ -147,7 +147,6 @@ if __name__ == "__main__":
     parser.add_argument("--out", default=str(ROOT / "bench/results/cres_refine.json"))
     args = parser.parse_args()
     tables, results = dict(pair.split("=", 1) for pair in args.exact), about()
-    results["settings"] = {"refiner": {k: getattr(QUICK, k) for k in ("cut", "tail", "step", "budget")}}
     for name in args.sets:
         results[name] = main(name, args.events, tables.get(name), args.run)
         print(name, {k: v["rms_eV"] for k, v in results[name].items() if isinstance(v, dict) and "rms_eV" in v}, flush=True)

@@ -7,8 +7,20 @@ import pytest
 import torch
 
 from deadlayer_cres.core import ConfigError, DataError, torch_rng
-from deadlayer_cres.cres.fit import Posterior, fisher
-from deadlayer_cres.cres.refine import NAMES, Fitter, comb_table, see
+from deadlayer_cres.cres.evaluate import Predictions, read_table, residual, write_table
+from deadlayer_cres.cres.fit import Modes, Posterior, fisher
+from deadlayer_cres.cres.refine import (
+    FLAGS,
+    NAMES,
+    Fitter,
+    Refiner,
+    comb_table,
+    compare_posteriors,
+    mixture_cdf,
+    mode_table,
+    plot_comparison,
+    see,
+)
 from deadlayer_cres.cres.simulate import TEST_SETS, ReceiverConfig, Simulator, TrackConfig
 from deadlayer_cres.cres.trap import comb
 
@@ -175,7 +187,8 @@ def test_long_records_grow(table):
     found, short = f.grow(events.ts, starts), f(events.ts[:, :, :8192], starts)
     error = (found.column()[:, 0] - true[:, 0]).abs()
     assert error.median() < 0.02
-    assert (found.sigma()[:, 0] / short.sigma()[:, 0]).median() < 1.2 * 20**-0.5  # the radius, seen in amplitudes, decides
+    narrower = found.sigma()[:, 0] / short.sigma()[:, 0]
+    assert narrower.median() < 1.2 * 20**-0.5  # the radius, seen in amplitudes, decides
 
 
 def test_starts_are_the_best_cells_of_boxes():
@@ -211,3 +224,126 @@ def test_bad_shapes_are_refused(fitter, events):
                        (events.ts[:2], torch.full((2, 1, 3), math.nan))):
         with pytest.raises(DataError):
             fitter(ts, starts)
+
+
+# --- a network's answers ---
+
+
+def blind(events):
+    n = len(events)
+    mean, sigma = np.tile([18_600.0, 89.0], (n, 1)), np.tile([57.7, 0.58], (n, 1))
+    return Predictions(("energy_eV", "pitch_angle_deg"), mean, sigma, truth=events.columns)
+
+
+@pytest.fixture(scope="module")
+def refiner():
+    return Refiner(Simulator(replace(BASE, receiver=ReceiverConfig(amplitude_V=0.024)), device="cpu"))
+
+
+@pytest.fixture(scope="module")
+def records(refiner):
+    return refiner.simulator.events(20)
+
+
+@pytest.fixture(scope="module")
+def refined(refiner, records):
+    return refiner(blind(records), records.ts)
+
+
+def test_refined_answers_are_those_of_the_posterior(refiner, records, refined):
+    p, flags = refined
+    exact = refiner.ridge(torch.from_numpy(records.ts[:16]))
+    assert p.targets == ("energy_eV", "pitch_angle_deg", "radius_m") and tuple(flags) == FLAGS
+    for t, name in enumerate(p.targets):
+        assert np.allclose(p.mean[:16, t], exact.mean(name)) and np.allclose(p.sigma[:16, t], exact.sigma(name))
+        assert np.allclose(p.quantiles[:16, t], exact.quantiles(p.levels, name))
+    assert not flags["outlier"].any() and not flags["not_refined"].any()
+    assert (flags["single_mode"] ^ flags["ambiguous"]).all() and 2 < flags["single_mode"].sum() < 20
+    assert np.allclose(p.observables["network_energy_eV"], 18_600)
+    z = (residual(p) / p.sigma[:, 0])[flags["single_mode"]]
+    assert np.sqrt(np.mean(z**2)) < 2
+
+
+def test_modes_make_up_the_mean(refined):
+    p, flags = refined
+    w = p.weight.sum(1)
+    assert (w <= 1 + 1e-9).all() and (w[flags["single_mode"]] > 0.95).all()
+    mean = np.nansum(p.weight[..., None] * p.modes, 1) / w[:, None]
+    whole = w > 0.999
+    assert whole.sum() > 3 and np.abs(mean - p.mean)[whole, 0].max() < 0.5
+    assert np.isnan(p.modes[p.weight == 0]).all()
+
+
+def test_refined_tables_are_read_again(tmp_path, refined):
+    write_table(tmp_path / "a.csv", refined[0])
+    p = read_table(tmp_path / "a.csv")
+    assert p.targets == refined[0].targets and np.allclose(p.weight, refined[0].weight)
+    assert np.allclose(p.observables["p_value"], refined[0].observables["p_value"])
+
+
+def test_noise_is_not_refined_and_another_electron_is_an_outlier(refiner, records):
+    noise = refiner.simulator.noise.counted(4, 8192, 5).numpy()
+    p, flags = refiner(blind(records[:4]), noise)
+    silent = flags["not_refined"]
+    assert silent.sum() >= 3 and np.allclose(p.mean[silent, 0], 18_600) and np.allclose(p.sigma[silent, 0], 57.7)
+    assert not (flags["single_mode"] | flags["ambiguous"])[silent].any()
+    tone = 0.02 * np.exp(2j * np.pi * -30e6 / 403e6 * np.arange(8192))
+    _, flags = refiner(blind(records[:4]), records.ts[:4] + np.stack([tone.real, tone.imag]).astype(np.float32))
+    assert flags["outlier"].all()
+
+
+def test_records_that_cannot_be_refined_are_named(refiner, records):
+    with pytest.raises(DataError, match="8192"):
+        refiner(blind(records[:2]), records.ts[:2, :, :4096])
+    clean = np.concatenate([records.ts[:17], np.zeros((1, 2, 8192), np.float32)])
+    with pytest.raises(DataError) as e:
+        refiner(blind(records[:18]), clean)
+    assert e.value.row == 17
+
+
+def test_mode_table_is_that_of_its_cells():
+    e = torch.tensor([0, 0, 0, 1])
+    p = Posterior(e, torch.tensor([0.6, 0.2, 0.2, 1.0]).double(), torch.tensor([1e4, 1e4 + 1, 2e4, 1.5e4]).double(),
+                  torch.tensor([88.0, 89, 90, 88]).double(), torch.full((4,), 1e-3).double(), torch.zeros(2).double())
+    m = Modes(torch.tensor([0, 0, 1]), torch.tensor([0.8, 0.2, 1.0]).double(),
+              torch.tensor([1e4 + 0.25, 2e4, 1.5e4]).double(), *torch.zeros(3, 3).double())
+    weight, mean, width = mode_table(p, m, 3)
+    assert weight.tolist() == [[pytest.approx(0.8), pytest.approx(0.2), 0], [1, 0, 0]]
+    assert mean[0, :2, 0].tolist() == pytest.approx([1e4 + 0.25, 2e4]) and mean[0, 0, 1] == pytest.approx(88.25)
+    assert mean[:, 2].isnan().all()
+    assert width[0, 0, 0] == pytest.approx(math.sqrt(3) / 4)
+
+
+def posterior_of(centre, sigma):
+    "A Gaussian posterior of each event."
+    g = torch.Generator().manual_seed(0)
+    n, m = len(centre), 20_000
+    event = torch.arange(n).repeat_interleave(m)
+    x = torch.tensor(centre)[event] + torch.tensor(sigma)[event] * torch.randn(n * m, generator=g, dtype=torch.float64)
+    flat = torch.full_like(x, 1 / m)
+    return Posterior(event, flat, x, flat * 0 + 89, flat * 0 + 3e-3, torch.zeros(n).double())
+
+
+def test_comparison_with_a_known_posterior():
+    exact = posterior_of([18_600.0, 18_600.0], [5.0, 5.0])
+    mean, sigma = np.array([[18_600.0], [18_605.0]]), np.array([[5.0], [10.0]])
+    c = compare_posteriors(Predictions(("energy_eV",), mean, sigma), exact)
+    assert c["crps_loss_eV"][0] < 0.01 and c["common"][0] > 0.97 and c["divergence"][0] < 0.02
+    assert c["divergence"][1] == pytest.approx(math.log(2) + (25 + 25) / 200 - 0.5, abs=0.02)  # of two Gaussians
+    assert c["sigma_ratio"] == pytest.approx([1, 2], abs=0.02) and c["main_mode"][0] == pytest.approx(0.954, abs=0.02)
+    pairs = math.sqrt(2 * (25 + 100))  # mean distances of Gaussians: the energy distance is twice the loss
+    spread = lambda d, s: s * math.sqrt(2 / math.pi) * math.exp(-d**2 / s**2 / 2) + d * math.erf(d / s / 2**0.5)  # noqa: E731
+    want = spread(5, pairs / 2**0.5) - spread(0, 5 * 2**0.5) / 2 - spread(0, 10 * 2**0.5) / 2
+    assert c["crps_loss_eV"][1] == pytest.approx(want, rel=0.03)
+    assert len(plot_comparison(c).axes) == 4
+
+
+def test_what_a_mixture_leaves_out_is_made_up_for():
+    mean, sigma = np.array([[18_600.0]]), np.array([[20.0]])
+    p = Predictions(("energy_eV",), mean, sigma, weight=np.array([[0.5]]), modes=np.full((1, 1, 1), 18_590.0),
+                    widths=np.full((1, 1, 1), 2.0))
+    edges = np.arange(18_300, 18_900, 0.25)
+    g = np.diff(mixture_cdf(p, edges)[0])
+    x = (edges[1:] + edges[:-1]) / 2
+    assert g.sum() == pytest.approx(1) and g @ x == pytest.approx(18_600, abs=0.01)
+    assert math.sqrt(g @ (x - 18_600) ** 2) == pytest.approx(20, abs=0.05)

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['SHOWN', 'VERBS', 'add_simulate', 'simulate', 'fixed_set', 'folder_size', 'add_prepare', 'prepare', 'near', 'counted',
-           'add_train', 'train', 'add_evaluate', 'evaluate', 'given_events', 'add_infer', 'infer', 'infer_tracks',
-           'add_compare', 'compare', 'add_demo', 'demo_config', 'demo', 'demo_rows', 'cres']
+           'add_train', 'train', 'add_evaluate', 'evaluate', 'given_events', 'add_infer', 'infer', 'read_simulation',
+           'infer_tracks', 'add_compare', 'compare', 'add_demo', 'demo_config', 'demo', 'demo_rows', 'cres']
 
 # %% ../nbs/91_cli_cres.ipynb #8bdd95b7
 import os
@@ -17,7 +17,7 @@ from pathlib import Path
 from jsonargparse import ActionConfigFile, Namespace
 
 from .cli import Parser, check_target, config_from_args, describe, print_pairs, run_program
-from .core import ConfigError, DataError
+from .core import ConfigError, DataError, about, config_from_dict
 
 # %% ../nbs/91_cli_cres.ipynb #f83c33d1
 def add_simulate(p: Parser) -> None:
@@ -190,6 +190,10 @@ def add_infer(p: Parser) -> None:
     p.add_argument("--noise", type=str, default="auto", help="auto (added to clean events), add, none, or the name of "
                    "recorded noise")
     p.add_argument("--batch_size", type=int, default=256, help="events at a time")
+    p.add_argument("--refine", action="store_true", help="replace the answers by exact posteriors of simulated events, "
+                   "and flag those that are ambiguous or no such events")
+    p.add_argument("--simulation", type=str, help="YAML file of the settings of `cres simulate` to refine with; "
+                   "default: those of the training")
     p.add_argument("--track", action="store_true", help="full tracks: slide over them and combine the windows")
     p.add_argument("--window", type=int, help="samples of a window; default: as in the training")
     p.add_argument("--stride", type=int, help="samples from one window to the next; default: the window")
@@ -203,18 +207,40 @@ def infer(args: Namespace) -> None:
     for name in ("batch_size", "window", "stride"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             raise ConfigError("a whole number of at least 1", str(getattr(args, name)), row=f"--{name}")
+    if args.track and args.refine:
+        raise ConfigError("--track or --refine", "both", row="infer")
     if args.track:
         infer_tracks(args)
         return
+    if args.simulation and not args.refine:
+        raise ConfigError("--refine with --simulation", "none", row="infer", remedy="give --refine")
     if args.window or args.stride or args.full or args.loss != "larmor":
         raise ConfigError("--track with --window, --stride, --loss and --full", "none", row="infer", remedy="give --track")
     check_target(args.out, args.overwrite)
-    done = infer_files(args.run, args.files, args.out, args.noise, args.batch_size, overwrite=args.overwrite)
+    refine = read_simulation(args.simulation) if args.simulation else args.refine
+    done = infer_files(args.run, args.files, args.out, args.noise, args.batch_size, overwrite=args.overwrite,
+                       refine=refine)
+    names = ("single_mode", "ambiguous", "outlier", "not_refined") if refine else ()
     print_pairs(f"Inferred {done.out}", {
         "events": f"{done.events:,} of {done.files:,} files in {done.seconds:.1f} s",
         "outside the range of the training": f"{done.outside_range:,}",
         "longer than the network's, first samples used": f"{done.shortened:,}",
+        **{name.replace("_", " "): f"{getattr(done, name):,}" for name in names},
         **({"clean, noise was added": ", ".join(map(near, done.clean))} if done.clean else {})})
+
+# %% ../nbs/91_cli_cres.ipynb #d90d11c5
+def read_simulation(path: str):
+    "The settings of a simulation in a YAML file."
+    import yaml
+
+    from deadlayer_cres.cres.simulate import SimulateConfig
+
+    try:
+        settings = yaml.safe_load(Path(path).read_text())
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise DataError("a readable YAML file", f"{type(e).__name__}: {e}", path) from e
+    with about(path):
+        return config_from_dict(SimulateConfig, settings)
 
 # %% ../nbs/91_cli_cres.ipynb #9c7af68f
 def infer_tracks(args: Namespace) -> None:
@@ -290,6 +316,7 @@ def demo(args: Namespace) -> None:
                        efficiency=None, limit=None, calibrate="temperature", seed=args.seed))
     print("4/4  Infer the energies of a file")
     infer(Namespace(run=os.fspath(run), files=[os.fspath(store)], out=os.fspath(table), overwrite=True, noise="auto",
+                    refine=False, simulation=None,
                     batch_size=256, track=False, window=None, stride=None, loss="larmor"))
     found = read_columns(table)
     print_pairs("Truth beside result, the five surest events", demo_rows(found))

@@ -37,6 +37,11 @@ def ridge(simulator):
 
 
 @pytest.fixture(scope="module")
+def exact(simulator, ridge):
+    return Ridge(simulator, RidgeConfig.exact(), ridge.table)
+
+
+@pytest.fixture(scope="module")
 def events():
     return test_set("cca-8k", 64, device="cpu")
 
@@ -97,11 +102,11 @@ def test_prior_of_the_table_is_that_of_the_simulation(simulator, ridge):
 
 
 @pytest.mark.parametrize("row", [CLEAR, AMBIGUOUS, FOLD])
-def test_likelihood_of_cells_is_that_of_the_samples(simulator, ridge, events, row):
-    D = ridge.spectrum(record(events, row))
-    cells = ridge.cells(D)
-    value, *where = ridge.log_posterior(D, cells)
-    place = ridge.places(cells)
+def test_likelihood_of_cells_is_that_of_the_samples(simulator, exact, events, row):
+    D = exact.spectrum(record(events, row))
+    cells = exact.cells(D)
+    value, *where = exact.log_posterior(D, cells)
+    place = exact.places(cells)
     i = value.argsort(descending=True)[:100:12]
     likelihood = (value - place.log_prior - place.log_volume)[i]
     difference = likelihood - direct(simulator, torch.complex(*record(events, row)[0].double()), *(v[i] for v in where))
@@ -138,13 +143,23 @@ def test_both_branches_beyond_the_fold_are_found():
     assert 0.01 < float(p.below(torch.tensor(events.columns["pitch_angle_deg"][8:9]), "pitch_angle_deg")) < 0.99
 
 
-def test_finer_cells_change_little(simulator, ridge, events):
+def test_finer_cells_change_little(simulator, ridge, exact, events):
     rows = torch.from_numpy(events.ts[[CLEAR, FOLD, 38]])
-    fine = Ridge(simulator, RidgeConfig(step=0.8, cut=15.0, tail=1e-4, weak=0.0), ridge.table)(rows)
-    usual = ridge(rows)
+    fine = Ridge(simulator, RidgeConfig.exact(step=0.8, cut=15.0, tail=1e-4, weak=0.0), ridge.table)(rows)
+    usual = exact(rows)
     assert ((usual.mean() - fine.mean()).abs() / fine.sigma() < 0.08).all()
     assert ((usual.sigma() / fine.sigma() - 1).abs() < 0.08).all()
     assert (usual.log_evidence - fine.log_evidence).abs().max() < 0.3
+
+
+def test_wide_cells_have_the_moments_of_narrow_ones(ridge, exact, events):
+    fast, slow = (r(torch.from_numpy(events.ts[:32])) for r in (ridge, exact))
+    for name in ("energy_eV", "pitch_angle_deg"):
+        shift = (fast.mean(name) - slow.mean(name)) / slow.sigma(name)
+        assert float((shift**2).mean().sqrt()) < 0.2 and float(shift.abs().max()) < 0.8
+        assert abs(float((fast.sigma(name) / slow.sigma(name)).log().median())) < 0.03
+    assert float((fast.log_evidence - slow.log_evidence).abs().quantile(0.9)) < 1
+    assert 5 * len(fast.weight) < len(slow.weight)
 
 
 def test_an_event_does_not_depend_on_its_batch(ridge, events):

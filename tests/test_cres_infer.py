@@ -197,6 +197,44 @@ def test_more_bad_input(tmp_path, trained, events, run):
 # --- physics of tracks ---
 
 
+@pytest.fixture(scope="module")
+def long_run(tmp_path_factory):
+    data = DataConfig(simulate=SimulateConfig(), batches_per_epoch=2, valid_batches=1, batch_size=4)
+    return train(config_of(data=data), tmp_path_factory.mktemp("runs") / "long", device="cpu")
+
+
+def test_refined_files_hold_posteriors_and_flags(tmp_path, long_run):
+    trained, clean = inf.Trained.open(long_run.path, "cpu"), simulate_events(8, SimulateConfig(seed=8192), noise="none")
+    write_store(clean, tmp_path / "clean.h5")
+    done = inf.infer_files(trained, tmp_path / "clean.h5", tmp_path / "out.csv", batch_size=5, refine=True)
+    p, raw = read_table(tmp_path / "out.csv"), read_columns(tmp_path / "out.csv")
+    assert p.targets == ("energy_eV", "pitch_angle_deg", "radius_m") and done.events == 8 and done.clean
+    plain = reconstruct(trained.pipeline, clean)
+    assert np.allclose(p.observables["network_energy_eV"], plain.mean[:, 0], atol=1e-2)
+    for name in ("single_mode", "ambiguous", "outlier", "not_refined"):
+        assert getattr(done, name) == raw[name].sum()
+    assert done.single_mode + done.ambiguous + done.not_refined == 8 and done.outlier == 0
+    assert np.sqrt(np.mean((p.mean - p.truth["energy_eV"][:, None])[:, 0] ** 2)) < np.sqrt(np.mean(
+        (plain.mean[:, 0] - clean.columns["energy_eV"]) ** 2))
+    noisy = replace(clean, ts=inf._as_seen(trained.pipeline, clean, "add", 8192, 0).numpy())
+    write_store(noisy, tmp_path / "noisy.h5")
+    inf.infer_files(trained, tmp_path / "noisy.h5", tmp_path / "two.csv", refine=SimulateConfig())
+    assert np.allclose(read_table(tmp_path / "two.csv").mean, p.mean, atol=1e-3)
+
+
+def test_refining_needs_a_simulation_that_fits(tmp_path, trained, events):
+    files = replace(trained, config=replace(trained.config, data=replace(trained.config.data, source="files")))
+    write_store(events, tmp_path / "a.h5")
+    with pytest.raises(ConfigError, match="simulation"):
+        inf.infer_files(files, tmp_path / "a.h5", tmp_path / "out.csv", refine=True)
+    other = SimulateConfig(receiver=ReceiverConfig(sampling_rate_Hz=2e8))
+    known = replace(trained, config=replace(trained.config, data=replace(trained.config.data, sampling_rate_Hz=403e6)))
+    with pytest.raises(ConfigError, match="sampling_rate_Hz"):
+        inf.infer_files(known, tmp_path / "a.h5", tmp_path / "out.csv", refine=other)
+    assert not (tmp_path / "out.csv").exists()
+
+
+
 def test_energy_after_solves_its_equation():
     t = np.linspace(0, 1e-3, 2001)
     e = inf.energy_after(18_600.0, t, 89.0, 0.959)

@@ -4,10 +4,11 @@
 
 # %% auto #0
 __all__ = ['Trained', 'outside_range', 'find_files', 'open_events', 'InferSummary', 'open_stores', 'label_names', 'infer_files',
-           'energy_after', 'combine_windows', 'fit_loss', 'TrackResult', 'infer_track', 'pipeline_for',
+           'refiner_for', 'energy_after', 'combine_windows', 'fit_loss', 'TrackResult', 'infer_track', 'pipeline_for',
            'combine_tracks', 'at_start', 'windows_name', 'infer_track_files', 'plot_track', 'plot_windows']
 
 # %% ../../nbs/cres/28_infer.ipynb #6f62d06c
+import contextlib
 import glob
 import math
 import os
@@ -38,6 +39,7 @@ from deadlayer_cres.cres.evaluate import (
     table_writer,
 )
 from .prep import AddNoise
+from .simulate import SimulateConfig, Simulator
 from .trap import larmor_power
 from ..plots import COLOURS, figure
 
@@ -146,6 +148,10 @@ class InferSummary:
     events: int = 0
     outside_range: int = 0  # events with an answer outside of the range of the training
     shortened: int = 0  # events of which only the first samples were used
+    single_mode: int = 0  # of refined events, as the flags of `cres.refine`
+    ambiguous: int = 0
+    outlier: int = 0
+    not_refined: int = 0
     clean: list[str] = field(default_factory=list)  # files without noise, to which noise was added
     seconds: float = 0.0
 
@@ -166,6 +172,7 @@ def infer_files(
     batch_size: int = 256,
     overwrite: bool = False,  # replace an existing table
     device: torch.device | str | None = None,
+    refine: bool | SimulateConfig = False,  # by the likelihood, of the simulation of the training or of another
 ) -> InferSummary:
     """Infer all events of files: one row an event, with file, row, predictions, flags, observables and known labels.
 
@@ -177,15 +184,16 @@ def infer_files(
     with table_writer(out) as write:
         trained = run if isinstance(run, Trained) else Trained.open(run, device)
         paths, ranges = find_files(files), trained.ranges()
+        refiner = refiner_for(trained, refine) if refine else None
         opened = open_stores(paths, trained.config)
         labels, summary = label_names(opened), InferSummary(os.fspath(out), len(paths))
         for path, events in zip(paths, opened, strict=True):
             events = open_events(path, trained.config) if events is None else events
-            for start, p in _blocks(trained, events, path, noise, batch_size, summary):
+            for start, p, found in _blocks(trained, events, path, noise, batch_size, summary, refiner):
                 unknown = np.full(len(p), np.nan)
                 p = replace(p, truth={k: p.truth.get(k, unknown) for k in labels})
                 flags = {"outside_range": outside_range(p, ranges),
-                         "shortened": np.full(len(p), events.samples > trained.config.data.samples)}
+                         "shortened": np.full(len(p), events.samples > trained.config.data.samples), **found}
                 write({"file": np.full(len(p), os.fspath(path)), "event": np.arange(start, start + len(p)), **flags,
                        **table_columns(p)})
                 for name, flag in flags.items():
@@ -196,24 +204,63 @@ def infer_files(
 
 # %% ../../nbs/cres/28_infer.ipynb #75541759
 def _blocks(trained: Trained, events: Events | EventStore, path: Path, noise: str, size: int,
-            summary: InferSummary) -> Iterator[tuple[int, Predictions]]:
-    "Predictions for the events of one file, in blocks with the row of their first event; their numbers are checked."
+            summary: InferSummary, refiner=None) -> Iterator[tuple[int, Predictions, dict[str, np.ndarray]]]:
+    "Predictions and flags of the events of one file, in blocks with the row of their first event; numbers are checked."
     samples, mode = trained.config.data.samples, noise
     recorded = () if noise in ("auto", "none", "add") else (noise,)
     for start in progress(range(0, len(events), size), path.name, unit="batch"):
         here = slice(start, start + size)
         with about(path):
             block = events[here] if isinstance(events, Events) else events.read(here, samples, recorded)
-            try:
+            with _rows_from(start, path):
                 block.validate()
-            except DataError as e:
-                row = start + e.row if isinstance(e.row, int) else e.row
-                raise DataError(e.expected, e.found, path, row, e.remedy) from e
             if mode == "auto":
                 clean = needs_noise(trained.pipeline, torch.from_numpy(block.ts[:, :, :samples]))
                 mode = "add" if clean else "none"
                 summary.clean += [os.fspath(path)] if clean else []
-            yield start, trained.calibrated(reconstruct(trained.pipeline, block, mode, samples, size, first=start))
+            p = trained.calibrated(reconstruct(trained.pipeline, block, mode, samples, size, first=start))
+            flags = {}
+            if refiner is not None:
+                with _rows_from(start, path):
+                    p, flags = refiner(p, _as_seen(trained.pipeline, block, mode, samples, start))
+            yield start, p, flags
+
+@contextlib.contextmanager
+def _rows_from(start: int, path: Path) -> Iterator[None]:
+    "Count the row that a `DataError` names from the start of the file."
+    try:
+        yield
+    except DataError as e:
+        row = start + e.row if isinstance(e.row, int) else e.row
+        raise DataError(e.expected, e.found, path, row, e.remedy) from e
+
+def _as_seen(pipeline, block: Events, mode: str, samples: int, first: int) -> torch.Tensor:  # (n, 2, samples)
+    "Records with the noise that `reconstruct` gives them."
+    ts = block.ts if mode in ("add", "none") else block.ts + block.noise[mode]
+    ts = torch.from_numpy(ts[:, :, :samples]).to(next(pipeline.net.parameters()).device)
+    step = noise_step(pipeline)
+    return step(ts, torch.arange(first, first + len(ts), device=ts.device)) if mode == "add" and step else ts
+
+# %% ../../nbs/cres/28_infer.ipynb #4ec5fecd
+def refiner_for(
+    trained: Trained,
+    simulation: bool | SimulateConfig = True,  # trap, receiver and priors of the events; True: those of the training
+):  # a `cres.refine.Refiner`
+    "What refines the answers of a run; a `ConfigError` if it was not trained on simulated events and none are given."
+    from deadlayer_cres.cres.refine import Refiner
+
+    data = trained.config.data
+    if simulation is True and data.source != "stream":
+        raise ConfigError("a network trained on simulated events, or the settings of a simulation",
+                          "one trained on files", row="refine", remedy="give a simulation: trap, receiver and priors")
+    config = data.simulate if simulation is True else simulation
+    r = config.receiver
+    for name in ("sampling_rate_Hz", "lo_frequency_Hz"):
+        if getattr(data, name) is not None and getattr(r, name) != getattr(data, name):
+            raise ConfigError(f"{name} = {getattr(data, name):g}, as in the training", f"{getattr(r, name):g}",
+                              row=f"receiver.{name}")
+    device = next(trained.pipeline.net.parameters()).device
+    return Refiner(Simulator(replace(config, receiver=replace(r, samples=data.samples)), device=device))
 
 # %% ../../nbs/cres/28_infer.ipynb #a26b2293
 def energy_after(

@@ -1,0 +1,155 @@
+"""What the likelihood adds to a network, and to the posterior: errors, coverage and time, beside the limit.
+
+    python bench/bench_cres_refine.py --run runs/cca-8k --exact cca-8k=limit_cca8k.csv --exact cca-24k=limit_cca24k.csv
+
+On the first events of `cca-8k` and `cca-24k`, with standard errors:
+
+- `blind`: the middle of the ranges;
+- `network`: the run given with `--run`, on the set whose length it was trained on;
+- `network, refined`: what `cres infer --refine` writes, `cres.refine.Refiner` with its default settings;
+- `network modes, fitted`: `cres.refine.Fitter` from the modes of the network alone, at three radii each, weighed by evidence;
+- `posterior, fitted`: `Fitter` from the best places of the posteriors, their modes weighed by evidence;
+- `limit`: the mean of the exact posterior, from a table of `cres.evaluate.write_table` given with `--exact`, else calculated
+  by `cres.fit.Ridge` with the settings `RidgeConfig.exact()`.
+
+Single-mode events are those that the refined table flags. Times are those of the process (CPU seconds) per event.
+"""
+import argparse
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import torch
+from machine import about
+
+from deadlayer_cres.core import atomic_path, write_json
+from deadlayer_cres.cres.evaluate import Predictions, read_table, reconstruct, residual
+from deadlayer_cres.cres.fit import Ridge, RidgeConfig, summaries
+from deadlayer_cres.cres.refine import Fitter, Refiner, compare_posteriors
+from deadlayer_cres.cres.simulate import CHECKSUMS, TEST_SETS, Simulator, test_set
+
+ROOT = Path(__file__).resolve().parents[1]
+TARGETS = ("energy_eV", "pitch_angle_deg")
+
+
+def rounded(value) -> float:
+    return float(f"{float(value):.4g}")
+
+
+def rms(x: np.ndarray) -> dict:
+    "Root of the mean square with its standard error."
+    value = np.sqrt(np.mean(x**2))
+    return {"value": rounded(value), "error": rounded(np.std(x**2) / np.sqrt(len(x)) / (2 * value)), "n": len(x)}
+
+
+def share(x: np.ndarray) -> dict:
+    p = float(np.mean(x))
+    return {"value": rounded(p), "error": rounded(np.sqrt(max(p * (1 - p), 1e-9) / len(x))), "n": len(x)}
+
+
+def merits(p: Predictions, limit: Predictions, single: np.ndarray, seconds: float | None) -> dict:
+    r, sigma = residual(p), p.sigma[:, 0]
+    best = np.argsort(sigma)[:len(r) // 4]
+    out = {"rms_eV": rms(r), "ratio_to_limit": rounded(np.sqrt(np.mean(r**2) / np.mean(residual(limit) ** 2))),
+           "away_from_limit_rms_eV": rounded(np.sqrt(np.mean((p.mean[:, 0] - limit.mean[:, 0]) ** 2))),
+           "median_abs_error_eV": rounded(np.median(np.abs(r))), "best_quarter": rms(r[best]),
+           "single_mode_rms_eV": rms(r[single]),
+           "single_mode_ratio": rounded(np.median(np.abs(r[single]) / limit.sigma[single, 0]) / 0.6745),
+           "coverage_1_sigma": share(np.abs(r) < sigma), "coverage_2_sigma": share(np.abs(r) < 2 * sigma),
+           "z_score_rms": rms(r / sigma)}
+    return out | ({} if seconds is None else {"seconds_per_event": rounded(seconds / len(r))})
+
+
+def timed(function, *args):
+    began = time.process_time()
+    return function(*args), time.process_time() - began
+
+
+def exact_of(name: str, events, table: str | None) -> tuple[Predictions, float | None]:
+    "Exact posterior means of the events, from a table or calculated."
+    if table is not None:
+        return read_table(table)[:len(events)], None
+    s, seconds = timed(summaries, Ridge(Simulator(TEST_SETS[name]), RidgeConfig.exact()), events.ts)
+    mean, sigma = (np.stack([s[f"{k}_{what}"] for k in TARGETS], 1) for what in ("mean", "sigma"))
+    return Predictions(TARGETS, mean, sigma, truth=events.columns), seconds
+
+
+def fitted(fitter: Fitter, events, starts, keep: int = 2) -> Predictions:
+    "Moments of the modes of fits."
+    parts = []
+    for a in range(0, len(events), 64):
+        f = fitter(events.ts[a:a + 64], starts(a), keep)
+        parts.append(torch.stack([torch.stack(f.moments(k), 1) for k in TARGETS], 2))
+    both = torch.cat(parts).cpu().numpy()  # (n, 2, targets)
+    return Predictions(TARGETS, both[:, 0], both[:, 1], truth=events.columns)
+
+
+def main(name: str, n: int, table: str | None, run: str | None) -> dict:
+    events, simulator = test_set(name, n), Simulator(TEST_SETS[name])
+    limit, seconds = exact_of(name, events, table)
+    middle = np.array([[sum(v) / 2, (v[1] - v[0]) / 12**0.5] for v in (
+        (simulator.config.electrons.energy_low_eV, simulator.config.electrons.energy_high_eV), (88.0, 90.0))])
+    blind = Predictions(TARGETS, np.tile(middle[:, 0], (n, 1)), np.tile(middle[:, 1], (n, 1)), truth=events.columns)
+    found, times = {"blind": blind}, {"limit": seconds}
+    if run is not None:
+        from deadlayer_cres.cres.train import load_run
+
+        _, config, pipeline = load_run(run, simulator.device)
+        if config.data.samples == events.samples:
+            found["network"], times["network"] = timed(reconstruct, pipeline, events, "none")
+    refiner = Refiner(simulator)
+    (refined, flags), times["network, refined"] = timed(refiner, found.get("network", blind), events.ts)
+    found["network, refined"] = refined
+    times["network, refined"] += times.get("network") or 0
+    samples, fitter = events.samples, refiner.fitter
+    if "network" in found:
+        radii = torch.tensor([2e-3, 3.5e-3, 5e-3], dtype=torch.float64)
+
+        def network_modes(a):
+            m = torch.as_tensor(found["network"].modes[a:a + 64], dtype=torch.float64)
+            grid = torch.cat([m.repeat_interleave(3, 1), radii.repeat(m.shape[1]).expand(len(m), -1)[..., None]], 2)
+            return grid
+
+        found["network modes, fitted"], times["network modes, fitted"] = timed(fitted, fitter, events, network_modes)
+        times["network modes, fitted"] += times["network"]
+
+    def posterior_places(a):
+        rows = [fitter.starts(refiner.ridge(torch.as_tensor(events.ts[b:min(b + 16, a + 64)])), samples, 24)
+                for b in range(a, min(a + 64, n), 16)]
+        most = max(r.shape[1] for r in rows)
+        return torch.cat([torch.nn.functional.pad(r, (0, 0, 0, most - r.shape[1]), value=torch.nan) for r in rows])
+
+    found["posterior, fitted"], times["posterior, fitted"] = timed(fitted, fitter, events, posterior_places)
+    found["limit"] = limit
+    single = flags["single_mode"]
+    out = {"events": n, "checksum": CHECKSUMS[name], "flags": {k: share(v) for k, v in flags.items()},
+           **{k: merits(p, limit, single, times.get(k)) for k, p in found.items()}}
+    if "network" in found:
+        out["network against posterior"] = compared(refiner, found["network"][:256], events.ts[:256])
+    return out
+
+
+def compared(refiner: Refiner, p: Predictions, ts) -> dict:
+    "Medians over events of the distances of `compare_posteriors`, all and where the posterior is narrow."
+    parts = [compare_posteriors(p[a:a + 16], refiner.ridge(torch.as_tensor(ts[a:a + 16]))) for a in range(0, len(p), 16)]
+    c = {k: np.concatenate([q[k] for q in parts]) for k in parts[0]}
+    groups = {"all": c["sigma_eV"] > 0, "sigma below 5 eV": c["sigma_eV"] < 5, "sigma above 5 eV": c["sigma_eV"] >= 5}
+    return {g: {"events": int(m.sum()), **{k: rounded(np.median(v[m])) for k, v in c.items()}} for g, m in groups.items()}
+
+
+if __name__ == "__main__":
+    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser.add_argument("--events", type=int, default=512)
+    parser.add_argument("--sets", nargs="+", default=["cca-8k", "cca-24k"])
+    parser.add_argument("--run", help="folder of a trained run")
+    parser.add_argument("--exact", action="append", default=[], help="set=table of its exact posteriors")
+    parser.add_argument("--out", default=str(ROOT / "bench/results/cres_refine.json"))
+    args = parser.parse_args()
+    tables, results = dict(pair.split("=", 1) for pair in args.exact), about()
+    for name in args.sets:
+        results[name] = main(name, args.events, tables.get(name), args.run)
+        print(name, {k: v["rms_eV"] for k, v in results[name].items() if isinstance(v, dict) and "rms_eV" in v}, flush=True)
+        with atomic_path(args.out) as part:
+            write_json(part, results)
+    sys.exit(0)

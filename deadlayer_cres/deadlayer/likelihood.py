@@ -164,10 +164,10 @@ def emulator_figure(
     with figure(2, 1, width=6.5, height=3.6, sharex=True) as (fig, (top, bottom)):
         top.plot(check.energy_keV, check.rms, lw=0.6)
         top.axhline(1, color=COLOURS[6], lw=0.6)
-        for k, w in enumerate(sorted(check.worst(n), key=lambda w: w["energy_keV"])):
-            top.plot(w["energy_keV"], w["rms"], "o", color=COLOURS[1])
-            top.annotate(f"{w['energy_keV']:g} keV", (w["energy_keV"], w["rms"]), fontsize=7,
-                         xytext=(4, 3 + 8 * (k % 2)), textcoords="offset points")
+        worst = check.worst(n)
+        top.plot([w["energy_keV"] for w in worst], [w["rms"] for w in worst], "o", color=COLOURS[1],
+                 label="worst: " + ", ".join(f"{w['energy_keV']:g}" for w in worst) + " keV")
+        top.legend(loc="lower center")
         top.set(ylabel="RMS of pulls", ylim=(0.6, max(1.4, 1.12 * check.rms.max())))
         bottom.plot(check.energy_keV, check.bias, lw=0.6, color=COLOURS[2])
         bottom.axhline(0, color=COLOURS[6], lw=0.6)
@@ -526,7 +526,8 @@ def _coverage_rows(rises: np.ndarray, pulls: np.ndarray) -> dict:
 # %% ../../nbs/deadlayer/40_likelihood.ipynb #6fbcc607
 WINDOWS_KEV = {
     "whole": ((5.0, 450.0),), "20-395": ((20.0, 395.0),), "low continuum 5-20": ((5.0, 20.0),),
-    "X-rays 20-40": ((20.0, 40.0),), "40-70": ((40.0, 70.0),), "79-83": ((79.0, 83.0),), "81 and 356": ((77.0, 84.0), (352.0, 359.5)),
+    "X-rays 20-40": ((20.0, 40.0),), "40-70": ((40.0, 70.0),), "79-83": ((79.0, 83.0),),
+    "81 and 356": ((77.0, 84.0), (352.0, 359.5)),
     "84-340": ((84.0, 340.0),), "356 region": ((340.0, 370.0),), "all lines": (
         (77.0, 84.0), (158.0, 163.0), (274.0, 279.0), (300.0, 306.0), (352.0, 359.5), (381.0, 386.5)),
 }
@@ -681,7 +682,7 @@ def profile_figure(
             ax.set(xlabel=labels[name], ylabel="rise of the deviance", ylim=(0, max(9.0, 1.05 * rise.max())))
             if draws is not None:
                 twin = ax.twinx()
-                twin.hist(draws[:, list(labels).index(name)], 40, range=(x[0], x[-1]), density=True, color=COLOURS[4],
+                twin.hist(draws[:, list(labels).index(name)], 24, range=(x[0], x[-1]), density=True, color=COLOURS[4],
                           alpha=0.4)
                 twin.set(yticks=[], ylabel="posterior")
                 twin.grid(False)

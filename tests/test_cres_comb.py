@@ -31,10 +31,10 @@ START = {"background_T": 0.959, "current_A": 32.87, "bucking_A": -2.33, "amplitu
 
 def lines(n, amplitudes, samples=8192, carrier=-60e6, axial=5e6, slope=3e8, noise=SIGMA, seed=0):
     "Events with lines of given amplitudes {order: V} whose middle frequencies are known; the clean record too."
-    k = torch.tensor(list(amplitudes))
+    k = torch.tensor(list(amplitudes), dtype=torch.float64)
     phase = torch.rand(n, len(k), generator=torch.Generator().manual_seed(seed), dtype=torch.float64) * 2 * math.pi
     a = torch.polar(torch.tensor(list(amplitudes.values()), dtype=torch.float64).expand(n, -1).contiguous(), phase)
-    f = (LO + carrier - slope * samples / RATE / 2 + k * axial).double().expand(n, -1)
+    f = (LO + carrier - slope * samples / RATE / 2 + k * axial).expand(n, -1)
     clean = waveforms(f, a, torch.full((n,), slope, dtype=torch.float64), samples)
     g = torch.Generator().manual_seed(seed + 1)
     return Events((clean + noise * torch.randn(clean.shape, generator=g)).numpy(), {}), clean
@@ -58,7 +58,7 @@ def regression(labelled):
 
 def test_pulls_of_a_known_comb():
     fit = fit_comb(lines(200, {-4: 0.001, -2: 0.005, 0: 0.01, 2: 0.002})[0], BAND)
-    truth = torch.tensor([LO - 60e6, 5e6, 3e8])
+    truth = torch.tensor([LO - 60e6, 5e6, 3e8], dtype=torch.float64)
     pull = (torch.stack(fit[:3], 2)[:, 0] - truth) / fit.sigma[:, 0]
     assert (pull[:, :2].abs() < 5).all()
     z = pull[:, :2].std(0)
@@ -140,7 +140,7 @@ def test_batches_do_not_matter():
 def test_full_track():
     events, _ = lines(1, {-2: 0.003, 0: 0.006}, samples=163_840)
     fit = fit_comb(events, BAND)
-    pull = (torch.stack([v[0, 0] for v in fit[:3]]) - torch.tensor([LO - 60e6, 5e6, 3e8])) / fit.sigma[0, 0]
+    pull = (torch.stack([v[0, 0] for v in fit[:3]]) - torch.tensor([LO - 60e6, 5e6, 3e8], dtype=torch.float64)) / fit.sigma[0, 0]
     assert (pull.abs() < 5).all() and fit.sigma[0, 0, 0] < 50
 
 

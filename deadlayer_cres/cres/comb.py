@@ -322,10 +322,10 @@ def plot_comb(
 ):  # a Figure
     "Spectrum of an event without its chirp, and its comb: the lines that are seen are named by their order."
     r = _records(torch.from_numpy(events.ts[event:event + 1]), events.sampling_rate_Hz, None)
-    P = torch.fft.fftshift(_powers(r, fit.slope_Hz_per_s[event:event + 1, hypothesis].cpu())[0])
+    P = _powers(r, fit.slope_Hz_per_s[event:event + 1, hypothesis].cpu())[0]
     f, fa = (float(v[event, hypothesis]) for v in fit[:2])
     f = (f - events.lo_frequency_Hz) / 1e6
-    axis = (torch.arange(len(P)) - len(P) // 2) / (2e6 * r.length_s)
+    axis = (r.first_Hz + torch.arange(len(P)) / (2 * r.length_s)) / 1e6
     near = abs(axis - f) < 5e-6 * fa
     with figure(width=6.4, height=2.8) as (fig, ax):
         ax.plot(axis[near], P[near], color="0.5", linewidth=0.6)
@@ -711,9 +711,9 @@ def calibrate_trap(
                            int(use.sum()) - len(p), *arrays[2:], build(*p[:-1].cpu().unbind()))
 
 def plot_trap_calibration(c: TrapCalibration):  # a Figure
-    "Pulls of carrier, axial frequency and the two strongest lines before and after the calibration."
-    kinds = [(0, "carrier"), (1, "axial frequency"), (4, "line 0"), (3, "line -2")]
-    with figure(2, 4, width=8.2, height=3.8) as (fig, axes):
+    "Pulls of carrier, axial frequency and main line before and after the calibration."
+    kinds = [(0, "carrier"), (1, "axial frequency"), (4, "main line's amplitude")]
+    with figure(2, 3, width=6.8, height=3.8) as (fig, axes):
         for row, pulls, when in zip(axes, (c.start_pulls, c.pulls), ("before", "after"), strict=True):
             for ax, (k, name) in zip(row, kinds, strict=True):
                 v = pulls[c.kept, k]

@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['LEVELS', 'PARAMETERS', 'TrapTable', 'trap_table', 'Cells', 'RidgeConfig', 'Ridge', 'Places', 'Windows', 'Rough',
-           'Posterior', 'Modes', 'modes', 'single_mode', 'summaries', 'plot_corner', 'line_information', 'Fisher',
-           'fisher']
+           'Posterior', 'Modes', 'modes', 'single_mode', 'summaries', 'Threshold', 'noise_evidence',
+           'detection_threshold', 'plot_corner', 'line_information', 'Fisher', 'fisher']
 
 # %% ../../nbs/cres/27_fit.ipynb #d4e43bcb
 import math
@@ -175,7 +175,7 @@ class RidgeConfig:
     resolution: float = 0.2  # largest width of cells over that of the posterior; 0: as fine as the likelihood is
     weak: float = 1.0  # squared signal-to-noise ratio of lines beside the two strong ones that may be neglected
     cut: float = 12.0  # main lines that are worse than the best by more than this, in log likelihood, are dropped
-    tail: float = 2e-3  # probability that may be dropped in all
+    tail: float = 1e-3  # probability that may be dropped in all
     step: float = 1.5  # width of the finest cells in standard deviations
     budget: int = 2**17  # cells of one event, from which on they are not cut any further
     batch: int = 16  # events at a time
@@ -183,13 +183,13 @@ class RidgeConfig:
     @classmethod
     def exact(cls, **changes) -> "RidgeConfig":
         "Some ten times slower, and exact to a few hundredths of the posterior's width."
-        return cls(**{"resolution": 0.0, "weak": 0.05, "tail": 1e-3} | changes)
+        return cls(**{"resolution": 0.0, "weak": 0.05} | changes)
 
 class Ridge:
     """The posterior of energy, pitch angle and radius of events of a simulator, with the priors that it draws from.
 
-    Raises `ConfigError` for settings whose likelihood it does not know: coloured noise, tracks that do not fill their
-    records, a chirp that depends on the electron, an asymmetric trap, or one whose strongest line is not the carrier.
+    Raises `ConfigError` for settings whose likelihood it does not know: coloured noise, several tracks, a chirp that
+    depends on the electron, an asymmetric trap, or one whose strongest line is not the carrier.
     """
 
     def __init__(
@@ -202,7 +202,7 @@ class Ridge:
         self.simulator, self.config, self.device = s, config or RidgeConfig(), s.device
         e, r, orders = s.config.electrons, s.config.receiver, self.config.orders
         for ok, expected, row in (
-            (s.whole_records, "tracks that fill their records", "tracks"), (not s.table, "no table", "electrons.table"),
+            (s.config.tracks.max_tracks == 1, "single tracks", "tracks"), (not s.table, "no table", "electrons.table"),
             (s.noise.spectrum is None and s.noise.sigma_V > 0, "white noise", "receiver"),
             (s.config.power == "larmor", "larmor", "power"), (s.trap.symmetric, "a symmetric trap", "trap"),
             (e.energy == "flat" and e.energy_low_eV < e.energy_high_eV, "a flat energy range", "electrons.energy"),
@@ -249,6 +249,18 @@ def _chirp(self: Ridge) -> None:
     phase = -math.pi * float(made.slope_Hz_per_s[0]) * t**2
     self.dechirp = torch.polar(torch.ones_like(t), phase).to(torch.complex64)
 
+def _track(self: Ridge, ts: Tensor, start_s, stop_s) -> tuple[Tensor, Tensor]:
+    "Records (n, 2, samples) that begin with their tracks and are empty beyond, and the share of each that is filled."
+    n, j = len(ts), torch.arange(self.samples, device=self.device)
+    times = [torch.as_tensor(v, dtype=torch.float64, device=self.device).expand(n) for v in (start_s, stop_s)]
+    first, last = ((t * self.rate - 1e-6).ceil().clamp(0, self.samples).long() for t in times)
+    length = last - first
+    if bool((length < self.samples // 8).any()):
+        raise DataError("tracks of at least an eighth of the record", f"{int(length.min())} samples",
+                        row=int(length.argmin()), remedy="cut the records")
+    at = (j + first[:, None]).clamp(max=self.samples - 1)[:, None].expand(n, 2, self.samples)
+    return torch.where((j < length[:, None])[:, None], ts.to(self.device).gather(2, at), 0), length / self.samples
+
 def _spectrum(self: Ridge, ts: Tensor) -> Tensor:  # (n, 8 bins) complex64
     "Spectrum of records (n, 2, samples) without their chirp, at steps of `step_Hz` from `start_Hz` on."
     if ts.dim() != 3 or tuple(ts.shape[1:]) != (2, self.samples):
@@ -269,7 +281,7 @@ def _between(D: Tensor, event: Tensor, x: Tensor) -> Tensor:
     a, b, c, d = (D.view(-1).index_select(0, k + s) for s in (-1, 0, 1, 2))
     return (u * (u - 1) * ((u + 1) * d - (u - 2) * a) / 6 + (u + 1) * (u - 2) * ((u - 1) * b - u * c) / 2)
 
-Ridge._band, Ridge._chirp, Ridge.spectrum = _band, _chirp, _spectrum
+Ridge._band, Ridge._chirp, Ridge._track, Ridge.spectrum = _band, _chirp, _track, _spectrum
 
 # %% ../../nbs/cres/27_fit.ipynb #2ed96bf1
 class Places(NamedTuple):
@@ -329,10 +341,12 @@ class Windows(NamedTuple):
     top: Tensor  # (sizes, n, b) highest point of each window, repeated for each 8 points
     span: Tensor  # (sizes, n, b) width of what lies there: of the line, or of the window if it holds none
     peak: Tensor  # (n,) highest P of a main line
+    share: Tensor  # (n,) of the record that the track fills
 
-def _windows(self: Ridge, D: Tensor) -> Windows:
-    "Tabulate the means over windows of spectra D (n, M)."
-    D = D / (math.sqrt(2 * self.samples) * self.sigma_V)
+def _windows(self: Ridge, D: Tensor, share: Tensor | None = None) -> Windows:
+    "Tabulate the means over windows of spectra D (n, M) of tracks that fill a `share` (n,) of their records, or all."
+    share = torch.ones(len(D), device=D.device) if share is None else share.to(D.real)
+    D = D / ((2 * self.samples * share[:, None]).sqrt() * self.sigma_V)
     root = D[:, self.first - 1:self.last + 1].abs()
     v, level = self._samples(root), math.log(2)
     out, shift = [], 1
@@ -343,7 +357,7 @@ def _windows(self: Ridge, D: Tensor) -> Windows:
     tops = [self._tops(root, _WIDE * 2**k) for k in range(_SIZES - 1)]
     top, span = (torch.stack(a) for a in zip(*tops, strict=True))
     peak = root[:, self.rows[0] - self.first:self.rows[1] - self.first].amax(1) ** 2
-    return Windows(D, torch.stack(out, 1), top, span, peak)
+    return Windows(D, torch.stack(out, 1), top, span, peak, share)
 
 def _samples(self: Ridge, root: Tensor) -> Tensor:  # (n, levels, m)
     "Logarithm of the mean likelihood over each four points, of roots of P with a further point at either end."
@@ -478,6 +492,7 @@ class Rough(NamedTuple):
     snr2: Tensor  # squared signal-to-noise ratio of the two strong lines
     rest: Tensor  # that of the other lines
     exponent: Tensor  # of the side line's likelihood, 0 in windows
+    reach: Tensor  # points by which the side line moves within the cell
     span: Tensor  # width in x of what lies in the cell
     energy_eV: Tensor  # above the middle
     pitch_angle_deg: Tensor
@@ -497,31 +512,45 @@ def _rough(self: Ridge, c: Cells, w: Windows) -> Rough:
     per, zero = self.step_Hz / self.middle_Hz, (self.middle_Hz - self.start_Hz) / self.step_Hz
     low, high = (zero + ((1 + field) * (mass_eV / (e + ELECTRON_MASS_EV)) - 1) / per for e in self.energies[::-1])
     p, q = torch.maximum(x - width / 2, low), torch.minimum(x + width / 2, high)
-    centre, span = (p + q) / 2, width
+    centre, span = self._line(c, w, (p + q) / 2)
     sizes = [(torch.log2(v / _WIDE) + 1e-3).floor().long() for v in (width, c.width_w.to(real) / self.step_Hz)]
-    range_ = by_w * (c.width_w.to(real) / self.step_Hz) + by_r * c.width_r.to(real)  # of the side line, in points
-    sizes[1] = torch.where(sizes[1] < 0, -1, (torch.log2(range_ / _WIDE).ceil().long() + 1).clamp(0, _SIZES - 1))
-    i = (sizes[0] >= 0).nonzero()[:, 0]
-    if len(i):
-        n, blocks = w.top.shape[1:]
-        size = sizes[0].index_select(0, i)
-        block = ((x.index_select(0, i) - self.first - width.index_select(0, i) / 2 + 0.5) / _WIDE).round().long()
-        j = (size * n + c.event.index_select(0, i)) * blocks + block.clamp(0, blocks - 1)
-        centre = centre.index_copy(0, i, w.top.view(-1).index_select(0, j))
-        span = span.index_copy(0, i, w.span.view(-1).index_select(0, j))
+    reach = by_w * (c.width_w.to(real) / self.step_Hz) + by_r * c.width_r.to(real)  # of the side line, in points
+    sizes[1] = torch.where((sizes[1] < 0) & (reach < _WIDE), -1,
+                           (torch.log2(reach / _WIDE).ceil().long() + 1).clamp(0, _SIZES - 1))
     shift = (centre - zero) * per
     energy = mass_eV * (field - shift) / (1 + shift)
     apart = apart * (1 + energy * (self.faster[1] + energy * self.faster[0]))
     volume = ((b - a).to(real) * (q - p) * c.width_r.to(real)).clamp(min=0)
-    mass, snr2 = prior + volume.log(), 0
+    mass, snr2, share = prior + volume.log(), 0, w.share.to(real)[c.event]
     for line, place, size in ((self.main, torch.where(sizes[0] >= 0, x, centre), sizes[0]),
                               (self.side, centre - apart, sizes[1])):
-        g = self._rough_snr2(row[:, 6 + line], shift, apart * (self.config.orders[line] / 2))
+        g = share * self._rough_snr2(row[:, 6 + line], shift, apart * (self.config.orders[line] / 2))
         value, exponent = self._gain(w, c.event, place, size, g)
         mass, snr2 = mass + value - g, snr2 + g
     others = [6 + k for k in range(len(self.config.orders)) if k not in (self.main, self.side)]
-    rest = (row[:, others] ** 2).sum(1) * self.snr**2
-    return Rough(mass, snr2, rest, exponent, span, energy, pitch)
+    rest = (row[:, others] ** 2).sum(1) * self.snr**2 * share
+    return Rough(mass, snr2, rest, exponent, reach, span, energy, pitch)
+
+def _line(self: Ridge, c: Cells, w: Windows, centre: Tensor) -> tuple[Tensor, Tensor]:
+    "Where the main line is within cells whose centres are `centre` (m,), and the width of what lies there, in points."
+    i, n, blocks = (c.width_x >= _WIDE).nonzero()[:, 0], *w.top.shape[1:]
+    width = c.width_x.index_select(0, i)
+    size = torch.log2(width / _WIDE).round().long()
+    block = ((c.x.index_select(0, i) - self.first - width / 2 + 0.5) / _WIDE).round().long().clamp(0, blocks - 1)
+    j = (size * n + c.event.index_select(0, i)) * blocks + block
+    return (centre.index_copy(0, i, w.top.view(-1).index_select(0, j)),
+            c.width_x.to(self.real).index_copy(0, i, w.span.view(-1).index_select(0, j)))
+
+def _cell_rates(self: Ridge, c: Cells) -> Tensor:  # (m, 4)
+    "Change of energy (eV) and pitch angle (degrees) by Hz of W, of side line (points) and energy (eV) by row."
+    t = self.table
+    k = ((c.w - t.start_Hz) / t.step_Hz).long().clamp(0, t.values.shape[1] - 1)
+    return self.rates.index_select(0, c.r.long() * t.values.shape[1] + k)
+
+def _energy_width(self: Ridge, c: Cells, w: Windows) -> Tensor:  # (m,)
+    "Ranges of energies in cells, in eV."
+    span = self._line(c, w, c.x.to(self.real))[1]
+    return (self._cell_rates(c)[:, 0] * c.width_w + self.eV_per_point * span).double()
 
 def _rough_snr2(self: Ridge, strength: Tensor, shift: Tensor, away: Tensor) -> Tensor:
     "Squared SNR of a line `away` points from the carrier, whose relative distance to the middle is `shift`."
@@ -529,7 +558,8 @@ def _rough_snr2(self: Ridge, strength: Tensor, shift: Tensor, away: Tensor) -> T
     off = self.simulator.config.cavity.quality_factor * off * (2 + off) / (1 + off)
     return (strength * self.snr) ** 2 / (1 + off * off)
 
-Ridge._rough, Ridge._rough_snr2 = _rough, _rough_snr2
+Ridge._rough, Ridge._rough_snr2, Ridge._line = _rough, _rough_snr2, _line
+Ridge._cell_rates, Ridge._energy_width = _cell_rates, _energy_width
 
 # %% ../../nbs/cres/27_fit.ipynb #fedb3f01
 _BINS = 512
@@ -546,7 +576,7 @@ def _kept(self: Ridge, c: Cells, s: Rough, w: Windows, n: int) -> tuple[Tensor, 
     change = self.fade[c.r.long()] * c.width_r.to(self.real) / 2
     slack = torch.where(2 * change * (2 * s.snr2).sqrt() > self.config.step, 2 * s.snr2 * change**2 + 0.5, 0)
     narrow = torch.where(c.width_x < _WIDE, 0.03 * c.width_x**2 * w.peak[c.event], 0)
-    slack = slack + narrow + 0.01 * (c.width_w / self.step_Hz) ** 2 * s.exponent
+    slack = slack + narrow + 0.01 * s.reach**2 * s.exponent
     top = _peak(s.mass, c.event, n)
     share = (s.mass - top[c.event]).exp()
     total = _total(share, c.event, n) / torch.bincount(c.event, minlength=n)
@@ -558,15 +588,14 @@ def _needs(self: Ridge, c: Cells, s: Rough, w: Windows, share: Tensor) -> tuple[
     t, e, n, step, real = self.table, self.simulator.config.electrons, len(w.peak), self.config.step, self.real
     low, high = (v - t.energy_eV for v in self.energies)
     r, width_x, width_w = c.r.long(), c.width_x.to(real), (c.width_w / self.step_Hz).to(real)
-    k = ((c.w - t.start_Hz) / t.step_Hz).long().clamp(0, t.values.shape[1] - 1)
-    by_w, turn, apart, by_r = self.rates.index_select(0, r * t.values.shape[1] + k).unbind(1)
+    by_w, turn, apart, by_r = self._cell_rates(c).unbind(1)
     wanted = [self.config.resolution * _width(x, size, share, c.event, n, *ends)[c.event] for x, size, ends in (
         (s.energy_eV, by_w * c.width_w.to(real) + s.span * self.eV_per_point, (low, high)),
         (s.pitch_angle_deg, turn * c.width_w.to(real), (e.pitch_low_deg, e.pitch_high_deg)))]
     tone = step * _TONE / w.peak.clamp(min=6).sqrt()[c.event]
     fine_x, fine_w = wanted[0] / self.eV_per_point, torch.minimum(wanted[0] / by_w, wanted[1] / turn) / self.step_Hz
     wide, more = width_w >= _WIDE, s.rest > self.config.weak
-    fine_w = torch.where(wide, fine_w, torch.maximum(fine_w, step * _TONE / (s.exponent / 2).clamp(min=4).sqrt()))
+    fine_w = torch.where(wide, fine_w, step * _TONE / (s.exponent / 2).clamp(min=4).sqrt())
     fine_w = torch.where(wide & more, 0, fine_w)
     parts = lambda width, fine: torch.exp2(torch.log2(width / fine).ceil()).clamp(2, 8)  # noqa: E731
     x = torch.where(width_x > _WIDE, torch.minimum(parts(width_x, fine_x), width_x / _WIDE), (width_x / tone).ceil())
@@ -604,57 +633,57 @@ def _cells(self: Ridge, D: Tensor, w: Windows | None = None) -> Cells:
 Ridge.cells = _cells
 
 # %% ../../nbs/cres/27_fit.ipynb #107d403c
-def _independent(self: Ridge, D: Tensor, c: Cells, place: Places) -> Tensor:  # (m,)
+def _independent(self: Ridge, w: Windows, c: Cells, place: Places) -> Tensor:  # (m,)
     "Log likelihood ratio of lines whose phases are independent."
-    value = torch.zeros_like(place.x)
+    value, share = torch.zeros_like(place.x), w.share[c.event]
     for line in range(len(self.config.orders)):
-        g = self.line_snr2(place, line)
-        P = _between(D, c.event, self.line_x(place, line)).abs() ** 2 / (2 * self.samples * self.sigma_V**2)
+        g = share * self.line_snr2(place, line)
+        P = _between(w.spectrum, c.event, self.line_x(place, line)).abs() ** 2
         value = value + _log_i0(2 * (g * P).sqrt()) - g
     return value
 
-def _coherent(self: Ridge, D: Tensor, c: Cells, place: Places, points: int = 16) -> Tensor:  # (m,)
+def _coherent(self: Ridge, w: Windows, c: Cells, place: Places, points: int = 16) -> Tensor:  # (m,)
     "Log likelihood ratio of lines with one axial and one cyclotron phase, both integrated over."
-    orders, two = self.table.order, (self.main, self.side)
+    orders, two, share = self.table.order, (self.main, self.side), w.share[c.event]
     f = place.carrier_Hz[:, None] + orders * place.spacing_Hz[:, None]
     x = torch.stack([self.line_x(place, k) for k in range(len(orders))], 1)
-    a = _between(D, c.event.repeat_interleave(len(orders)), x.flatten()).view(x.shape)
-    b = (place.row[:, 4:] * self.simulator.config.cavity.response(f)).to(D.dtype) * self.snr
-    u = b.conj() * a * (math.sqrt(2 / self.samples) / self.sigma_V)
+    a = _between(w.spectrum, c.event.repeat_interleave(len(orders)), x.flatten()).view(x.shape)
+    b = (place.row[:, 4:] * self.simulator.config.cavity.response(f)).to(a.dtype) * (self.snr * share.sqrt())[:, None]
+    u = 2 * b.conj() * a
     u0, u1 = (u[:, k] for k in two)
     bend = u0.abs() * u1.abs() / (u0.abs() + u1.abs()).clamp(min=1e-6)
     half = (6 / bend.clamp(min=1e-6).sqrt()).clamp(max=math.pi)
-    grid = (torch.arange(points, device=D.device) + 0.5) * 2 / points - 1
+    grid = (torch.arange(points, device=a.device) + 0.5) * 2 / points - 1
     psi = (u0.angle() - u1.angle())[:, None] + half[:, None] * grid  # (m, points)
     turn = [torch.polar(torch.ones_like(psi), -(n // 2) * psi) for n in orders.tolist()]
     total = sum(u[:, k, None] * t for k, t in enumerate(turn)).abs()
-    phase = 2 * math.pi * place.spacing_Hz * self.length_s
+    phase = 2 * math.pi * place.spacing_Hz * self.length_s * share
     overlap = (b[:, 1:] * b[:, :-1].conj()).sum(1) * (phase.sin() / phase)
     power = (b.abs() ** 2).sum(1, keepdim=True) + 2 * (overlap[:, None] * turn[two[1]]).real
     return torch.logsumexp((_log_i0(total) - power).double(), 1) + (half / (math.pi * points)).double().log()
 
-def _narrow(self: Ridge, D: Tensor, c: Cells) -> tuple[Tensor, ...]:
+def _narrow(self: Ridge, w: Windows, c: Cells) -> tuple[Tensor, ...]:
     "Of cells whose likelihood is that of their centres: log posterior, energy and pitch angle."
     place = self.places(c)
-    value = self._independent(D, c, place)
+    value = self._independent(w, c, place)
     others = [k for k in range(len(self.config.orders)) if k not in (self.main, self.side)]
-    rest = sum((place.row[:, 4 + k] ** 2 for k in others), torch.zeros_like(value)) * self.snr**2
+    rest = sum((place.row[:, 4 + k] ** 2 for k in others), torch.zeros_like(value)) * self.snr**2 * w.share[c.event]
     i = (rest > self.config.weak).nonzero()[:, 0]
-    value[i] = self._coherent(D, c.pick(i), Places(*(v[i] for v in place)))
+    value[i] = self._coherent(w, c.pick(i), Places(*(v[i] for v in place)))
     value = torch.where(place.log_prior > -torch.inf, value + place.log_prior + place.log_volume, -torch.inf)
     return value, place.energy_eV, place.row[:, 2]
 
 def _log_posterior(self: Ridge, D: Tensor, c: Cells, w: Windows | None = None) -> tuple[Tensor, ...]:  # (m,) each
     "Log of likelihood ratio, prior and volume of cells; energy in eV, pitch angle in degrees and radius in m."
+    w = self.windows(D) if w is None else w
     narrow = (c.width_x < _WIDE) & (c.width_w < _WIDE * self.step_Hz * (1 - 1e-6))
     i, j = narrow.nonzero()[:, 0], (~narrow).nonzero()[:, 0]
     out = [torch.empty_like(c.x) for _ in range(3)]
     if len(i):
-        found = [self._narrow(D, part) for part in c.pick(i).parts(2**13)]
+        found = [self._narrow(w, part) for part in c.pick(i).parts(2**13)]
         for v, new in zip(out, zip(*found, strict=True), strict=True):
             v.index_copy_(0, i, torch.cat(new))
     if len(j):
-        w = self.windows(D) if w is None else w
         s = _joined([self._rough(part, w) for part in c.pick(j).parts()])
         for v, new in zip(out, (s.mass, s.energy_eV.double() + self.table.energy_eV, s.pitch_angle_deg), strict=True):
             v.index_copy_(0, j, new.double())
@@ -679,6 +708,7 @@ class Posterior:
     pitch_angle_deg: Tensor  # (m,)
     radius_m: Tensor  # (m,)
     log_evidence: Tensor  # (n,) natural logarithm of the evidence of an electron against that of noise alone
+    width_eV: Tensor | float = 0.0  # (m,) range of the energies in a cell
 
     def __len__(self) -> int:
         return len(self.log_evidence)
@@ -719,11 +749,13 @@ class Posterior:
         "The posterior of one event."
         i = self.event == event
         return Posterior(self.event[i] * 0, self.weight[i], self.energy_eV[i], self.pitch_angle_deg[i],
-                         self.radius_m[i], self.log_evidence[event:event + 1])
+                         self.radius_m[i], self.log_evidence[event:event + 1],
+                         self.width_eV[i] if isinstance(self.width_eV, Tensor) else self.width_eV)
 
 # %% ../../nbs/cres/27_fit.ipynb #ddfa760f
-def _runs(event: Tensor, weight: Tensor, energy: Tensor, n: int, gap_eV: float, tail: float) -> tuple[Tensor, Tensor]:
+def _runs(p: Posterior, gap_eV: float, tail: float) -> tuple[Tensor, Tensor]:
     "Cells that hold all but `tail` of the probability, by event and energy, and the number of the run of each."
+    event, weight, energy, n = p.event, p.weight, p.energy_eV, len(p)
     order = _sorted(event, weight)
     e = event[order]
     sums = weight[order].cumsum(0)
@@ -731,7 +763,8 @@ def _runs(event: Tensor, weight: Tensor, energy: Tensor, n: int, gap_eV: float, 
     before = torch.nn.functional.pad(sums, (1, 0))[first]
     keep = order[sums - before[e] > tail]
     keep = keep[_sorted(event[keep], energy[keep])]
-    new = (event[keep].diff() != 0) | (energy[keep].diff() > gap_eV)
+    half = (p.width_eV + torch.zeros_like(weight))[keep] / 2
+    new = (event[keep].diff() != 0) | (energy[keep].diff() > gap_eV + half[1:] + half[:-1])
     return keep, torch.nn.functional.pad(new.long().cumsum(0), (1, 0))
 
 class Modes(NamedTuple):
@@ -746,12 +779,12 @@ class Modes(NamedTuple):
 
 def modes(
     p: Posterior,
-    gap_eV: float = 1.0,  # between modes
+    gap_eV: float = 1.0,  # between cells of two modes
     tail: float = 1e-3,  # probability in the least likely cells, which are left out
     least: float = 0.01,  # weight from which on a run of energies is called a mode
 ) -> Modes:
     "The modes of posteriors."
-    keep, run = _runs(p.event, p.weight, p.energy_eV, len(p), gap_eV, tail)
+    keep, run = _runs(p, gap_eV, tail)
     count, w = int(run[-1]) + 1, p.weight[keep]
     mass = _total(w, run, count)
     event = p.event.new_zeros(count).index_copy_(0, run, p.event[keep])
@@ -775,22 +808,34 @@ def single_mode(
     return torch.zeros(len(p), dtype=torch.bool, device=m.weight.device).index_fill_(0, narrow, True)
 
 # %% ../../nbs/cres/27_fit.ipynb #3146fa3b
-def _posterior(self: Ridge, ts: Tensor) -> Posterior:
-    """Posteriors of records (n, 2, samples) in V, with noise. Raises `DataError` for records of another shape.
+def _posterior(
+    self: Ridge,
+    ts: Tensor,  # (n, 2, samples) in V, with noise
+    start_s=0.0,  # (n,) known starts of the tracks, from the first sample on
+    stop_s=math.inf,  # (n,) known ends
+) -> Posterior:
+    """Posteriors of records. Raises `DataError` for records of another shape, and for very short tracks.
 
-    About 10,000 cells an event are returned, 10 to 100 times more of a faint one: of many events call `summaries`.
+    Up to some 10,000 cells an event are returned: of many events call `summaries`.
     """
     if not len(ts):
         raise DataError("at least one record", "none")
-    parts = [self._batch(part) for part in torch.as_tensor(ts).split(self.config.batch)]
+    ts, step = torch.as_tensor(ts), self.config.batch
+    times = np.broadcast_arrays(*(np.asarray(t, float) for t in (start_s, stop_s)), np.zeros(len(ts)))[:2]
+    whole = bool((times[0] <= 0).all() and (times[1] >= self.length_s).all())
+    if not whole and ts.shape[1:] != (2, self.samples):
+        self.spectrum(ts)
+    parts = [self._batch(ts[a:a + step], None if whole else [t[a:a + step] for t in times])
+             for a in range(0, len(ts), step)]
     shifted = [p.event + k * self.config.batch for k, p in enumerate(parts)]
     columns = [torch.cat([getattr(p, f) for p in parts]) for f in
-               ("weight", "energy_eV", "pitch_angle_deg", "radius_m", "log_evidence")]
+               ("weight", "energy_eV", "pitch_angle_deg", "radius_m", "log_evidence", "width_eV")]
     return Posterior(torch.cat(shifted), *columns)
 
-def _batch(self: Ridge, ts: Tensor) -> Posterior:
+def _batch(self: Ridge, ts: Tensor, times=None) -> Posterior:
+    ts, share = (ts, None) if times is None else self._track(ts, *times)
     D = self.spectrum(ts)
-    windows = self.windows(D)
+    windows = self.windows(D, share)
     cells = self.cells(D, windows)
     cells = cells.pick(torch.argsort(cells.event, stable=True))
     value, *columns = self.log_posterior(D, cells, windows)
@@ -798,7 +843,8 @@ def _batch(self: Ridge, ts: Tensor) -> Posterior:
     weight = (value - top[cells.event]).exp()
     total = _total(weight, cells.event, len(D))
     keep = (weight > 1e-9 * total[cells.event]).nonzero()[:, 0]
-    return Posterior(*(v[keep] for v in (cells.event, weight / total[cells.event], *columns)), top + total.log())
+    return Posterior(*(v[keep] for v in (cells.event, weight / total[cells.event], *columns)), top + total.log(),
+                     self._energy_width(cells, windows)[keep])
 
 Ridge._batch, Ridge.__call__ = _batch, _posterior
 
@@ -808,11 +854,15 @@ def summaries(
     ridge: Ridge,
     ts,  # (n, 2, samples) records with noise, array or tensor
     truth: dict | None = None,  # columns of true values (n,): gives `energy_eV_below` and `pitch_angle_deg_below`
+    start_s=0.0,  # (n,) known starts of the tracks
+    stop_s=math.inf,  # (n,) known ends
 ) -> dict[str, np.ndarray]:  # name -> (n,), and quantiles (n, 5)
     "Summarise the posteriors of many events, without keeping their cells."
     out = []
+    times = np.broadcast_arrays(*(np.asarray(t, float) for t in (start_s, stop_s)), np.zeros(len(ts)))[:2]
     for a in range(0, len(ts), ridge.config.batch):
-        p = ridge(torch.as_tensor(ts[a:a + ridge.config.batch]))
+        b = slice(a, a + ridge.config.batch)
+        p = ridge(torch.as_tensor(ts[b]), *(t[b] for t in times))
         m = modes(p)
         main = torch.searchsorted(m.event, torch.arange(len(p), device=ridge.device))
         row = {"log_evidence": p.log_evidence, "modes": torch.bincount(m.event, minlength=len(p)),
@@ -826,6 +876,45 @@ def summaries(
                 row[f"{name}_below"] = p.below(true, name)
         out.append(row)
     return {k: np.concatenate([row[k].cpu().numpy() for row in out]) for k in out[0]}
+
+# %% ../../nbs/cres/27_fit.ipynb #ed5e59ee
+class Threshold(NamedTuple):
+    "From which log evidence on a record holds an electron."
+
+    log_evidence: float
+    error: float  # its standard error, from the number of noise records
+    false_alarm: float  # probability that noise alone is above
+
+def noise_evidence(
+    ridge: Ridge,
+    n: int = 2048,  # records of noise alone
+    seed: int = 0,
+) -> Tensor:  # (n,) sorted
+    "Log evidence of records of noise."
+    noise, step = ridge.simulator.noise, ridge.config.batch
+    parts = [ridge(noise.counted(min(step, n - a), ridge.samples, seed, a, ridge.device)).log_evidence
+             for a in range(0, n, step)]
+    return torch.cat(parts).sort().values
+
+def detection_threshold(
+    false_alarm: float,  # probability that a record of noise alone is called an event
+    log_evidence: Tensor,  # (n,) of noise, as of `noise_evidence`
+    tail: float = 0.05,  # share of the highest that an exponential is fitted to
+) -> Threshold:
+    "Threshold for a stated probability of false alarms; a `ConfigError` for probabilities out of reach."
+    x, n = log_evidence.sort().values, len(log_evidence)
+    if not 0 < false_alarm < 1 or tail * n < 10:
+        raise ConfigError("a false alarm probability between 0 and 1, and 10 noise records in the tail",
+                          f"{false_alarm:g} and {tail * n:g}", row="false_alarm", remedy="simulate more noise")
+    if false_alarm * n >= 10:
+        k = n - false_alarm * n - 0.5
+        spread = math.sqrt(false_alarm * (1 - false_alarm) * n)
+        low, value, high = np.interp([k - spread, k, k + spread], np.arange(n), x.cpu().numpy())
+        return Threshold(float(value), float(high - low) / 2, false_alarm)
+    over = x[-round(tail * n):]
+    base = float(x[-round(tail * n) - 1])
+    scale, far = float(over.mean()) - base, math.log(tail / false_alarm)
+    return Threshold(base + scale * far, scale * math.hypot(far, 1) / math.sqrt(len(over)), false_alarm)
 
 # %% ../../nbs/cres/27_fit.ipynb #9bc4f28f
 def plot_corner(

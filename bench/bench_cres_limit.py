@@ -354,7 +354,7 @@ def main() -> None:
         if "fast" in options.parts:
             s["fast"], entry["fast"] = limit(name, options.events, None, RidgeConfig())
             where["fast"] = about()
-        for label, values in s.items():
+        for label in s:
             print(f"{name}, {label}: {brief(entry if label == 'limit' else entry['fast'])}", flush=True)
         if len(s) == 2:
             true = test_set(name, options.events).columns["energy_eV"]

@@ -173,7 +173,7 @@ class RidgeConfig:
     "How the posterior is calculated: by default fast, its moments exact to a tenth of its width; see `exact`."
 
     orders: tuple[int, ...] = (-4, -2, 0, 2)  # lines that are used
-    resolution: float = 0.2  # largest width of cells over that of the posterior; 0: as fine as the likelihood is
+    resolution: float = 0.3  # largest width of cells over that of the posterior; 0: as fine as the likelihood is
     weak: float = 1.0  # squared signal-to-noise ratio of lines beside the two strong ones that may be neglected
     cut: float = 12.0  # main lines that are worse than the best by more than this, in log likelihood, are dropped
     tail: float = 1e-3  # probability that may be dropped in all
@@ -517,18 +517,19 @@ def _rough(self: Ridge, c: Cells, w: Windows) -> Rough:
     x, width, mass_eV = c.x.to(real), c.width_x.to(real), t.energy_eV + ELECTRON_MASS_EV
     per, zero = self.step_Hz / self.middle_Hz, (self.middle_Hz - self.start_Hz) / self.step_Hz
     low, high = (zero + ((1 + field) * (mass_eV / (e + ELECTRON_MASS_EV)) - 1) / per for e in self.energies[::-1])
+    centre, span = self._line(c, w, x)
     rates = self._cell_rates(c)
-    more = (rates[:, 0] * c.width_w.to(real) + rates[:, 3] * c.width_r.to(real)) / (2 * self.eV_per_point)
-    p, q = torch.maximum(x - width / 2, low - more), torch.minimum(x + width / 2, high + more)
-    centre, span = self._line(c, w, (p + q) / 2)
+    spread = span + (rates[:, 0] * c.width_w.to(real) + rates[:, 3] * c.width_r.to(real)) / self.eV_per_point
+    inside = ((centre - low) / spread + 0.5).clamp(0, 1) * ((high - centre) / spread + 0.5).clamp(0, 1)
     sizes = [(torch.log2(v / _WIDE) + 1e-3).floor().long() for v in (width, c.width_w.to(real) / self.step_Hz)]
     reach = by_w * (c.width_w.to(real) / self.step_Hz) + by_r * c.width_r.to(real)  # of the side line, in points
     sizes[1] = torch.where((sizes[1] < 0) & (reach < _WIDE), -1,
                            (torch.log2(reach / _WIDE).ceil().long() + 1).clamp(0, _SIZES - 1))
     shift = (centre - zero) * per
-    energy = mass_eV * (field - shift) / (1 + shift)
+    ends = [e - t.energy_eV for e in self.energies]
+    energy = (mass_eV * (field - shift) / (1 + shift)).clamp(*ends)
     apart = apart * (1 + energy * (self.faster[1] + energy * self.faster[0]))
-    volume = ((b - a).to(real) * (q - p) * c.width_r.to(real)).clamp(min=0)
+    volume = (b - a).to(real).clamp(min=0) * width * inside * c.width_r.to(real)
     mass, snr2, share = prior + volume.log(), 0, w.share.to(real)[c.event]
     for line, place, size in ((self.main, torch.where(sizes[0] >= 0, x, centre), sizes[0]),
                               (self.side, centre - apart, sizes[1])):

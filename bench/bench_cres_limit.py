@@ -12,10 +12,18 @@ it (importance sampling; events with one mode and with many), and `emcee` walks 
 (single-mode events alone, as its walkers hardly pass between modes; skipped if it is not installed).
 
 With `--save FOLDER` the posteriors' moments are written to `limit_cca8k.npz` and `limit_cca24k.npz`, event by event.
-Some fifteen minutes on one free core for 1,024 events of each set.
+
+The parts (`--parts`), each with the machine it ran on in `environments`; a part that is not asked for keeps its last
+result. `limit`: all of the above, with cells as fine as the likelihood (`RidgeConfig.exact`). `fast`: the same with the
+default settings, and its RMS error over that of the exact posteriors of the same events, where `limit` has run in the
+same call. `noise`: the distribution of the log evidence of noise alone, thresholds and detection efficiencies.
+`speed`: events per CPU second at three lengths, the default settings beside the exact ones in turns, and peak memory.
+`sampler`: as above. Some twenty minutes on one free core for 1,024 events of each set.
 """
 import argparse
+import json
 import math
+import resource
 import sys
 import time
 from pathlib import Path
@@ -25,12 +33,31 @@ import torch
 from machine import about
 
 from deadlayer_cres.core import atomic_path, write_json
-from deadlayer_cres.cres.fit import LEVELS, Cells, Posterior, Ridge, fisher, summaries
-from deadlayer_cres.cres.simulate import CHECKSUMS, TEST_SETS, Simulator, test_set
+from deadlayer_cres.cres.fit import (
+    LEVELS,
+    Cells,
+    Posterior,
+    Ridge,
+    RidgeConfig,
+    detection_threshold,
+    fisher,
+    noise_evidence,
+    summaries,
+)
+from deadlayer_cres.cres.simulate import (
+    CHECKSUMS,
+    TEST_SETS,
+    ElectronConfig,
+    ReceiverConfig,
+    SimulateConfig,
+    Simulator,
+    test_set,
+)
 from deadlayer_cres.cres.trap import axial_motion, comb
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERVALS = (0.5, 0.68, 0.9)
+PARTS = ("limit", "fast", "noise", "speed", "sampler")
 BEST = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -71,9 +98,9 @@ def binned(s: dict, truth: dict, column: np.ndarray, edges) -> list[dict]:
     return out
 
 
-def limit(name: str, n: int, save: Path | None) -> tuple[dict, dict]:
+def limit(name: str, n: int, save: Path | None, config: RidgeConfig) -> tuple[dict, dict]:
     "All about the posteriors of the first n events of a test set."
-    ridge, truth, out, wall, cpu = Ridge(Simulator(TEST_SETS[name])), {}, [], 0.0, 0.0
+    ridge, truth, out, wall, cpu = Ridge(Simulator(TEST_SETS[name]), config), {}, [], 0.0, 0.0
     events = test_set(name, n)
     truth = events.columns
     for a in range(0, n, 64):
@@ -109,6 +136,46 @@ def limit(name: str, n: int, save: Path | None) -> tuple[dict, dict]:
         "speed": {"events_per_second": rounded(n / wall), "events_per_cpu_second": rounded(n / cpu),
                   "threads": torch.get_num_threads(), "device": str(ridge.device)},
     }
+
+
+def noise(name: str, n: int, s: dict) -> dict:
+    "Log evidence of n records of noise, thresholds, and what part of the events of a set is above them."
+    ridge, truth = Ridge(Simulator(TEST_SETS[name])), test_set(name, len(s["modes"])).columns
+    x = noise_evidence(ridge, n)
+    out = {"records": n, "mean_evidence": rms(x.div(2).exp().cpu().numpy()) | {"note": "root of the mean; 1 expected"},
+           "quantiles": {str(q): rounded(float(x.quantile(q))) for q in (0.01, 0.16, 0.5, 0.84, 0.99, 0.999)}}
+    for p in (0.1, 1e-2, 1e-3, 1e-4):
+        t = detection_threshold(p, x)
+        above = s["log_evidence"] > t.log_evidence
+        r, a = 1e3 * truth["radius_m"], truth["pitch_angle_deg"]
+        out[f"false_alarm_{p:g}"] = {
+            "log_evidence": rounded(t.log_evidence), "error": rounded(t.error), "efficiency": share(above),
+            "by_radius_mm": {f"{b:g}": share(above[(r >= b) & (r < b + 1)]) for b in range(7)},
+            "by_pitch_angle_deg": {f"{b:g}": share(above[(a >= b) & (a < c)]) for b, c in (
+                (88, 88.1), (88.1, 88.5), (88.5, 89), (89, 89.5), (89.5, 90))}}
+    return out
+
+
+def speed(samples: int, n: int) -> dict:
+    "Events per CPU second with the default settings and with the exact ones, in turns on the same events."
+    wide = samples == 8192
+    config = SimulateConfig(seed=7, noise="added", receiver=ReceiverConfig(samples=samples),
+                            electrons=ElectronConfig() if wide else TEST_SETS["cca-24k"].electrons)
+    simulator = Simulator(config, device="cpu")
+    fast = Ridge(simulator)
+    slow, used = Ridge(simulator, RidgeConfig.exact(), fast.table), {"default": [0, 0.0], "exact": [0, 0.0]}
+    fast(simulator.noise.counted(1, samples, 0))
+    for a in range(0, n, 16):
+        ts = simulator.events(min(16, n - a), first=a).ts
+        for label, ridge, rows in (("default", fast, ts), ("exact", slow, ts[:2])):
+            began = time.process_time()
+            summaries(ridge, rows)
+            used[label][0] += len(rows)
+            used[label][1] += time.process_time() - began
+    rate = {k: v[0] / v[1] for k, v in used.items()}
+    return {"samples": samples, "events": n, "events_per_cpu_second": {k: rounded(v) for k, v in rate.items()},
+            "ratio": rounded(rate["default"] / rate["exact"]), "threads": torch.get_num_threads(),
+            "peak_memory_MB_of_the_process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
 
 
 def save_arrays(path: Path, s: dict) -> None:
@@ -205,7 +272,7 @@ def markov(density: "Likelihood", p: Posterior, steps: int, rng) -> dict:
 
 def reweighted(density: "Likelihood", ridge: Ridge, ts: np.ndarray, draws: int, rng) -> dict:
     "Mean, sigma and log evidence from cells, and from points drawn evenly within cells and weighted by their density."
-    D = ridge.spectrum(torch.from_numpy(ts)[None])
+    D = ridge.spectrum(torch.from_numpy(ts)[None])  # of narrow cells
     c = ridge.cells(D)
     value, energy, *_ = ridge.log_posterior(D, c)
     w = torch.softmax(value, 0)
@@ -239,7 +306,7 @@ def sampled(name: str, s: dict, n: int, steps: int, draws: int, seed: int = 0) -
     others = ~one & (s["log_evidence"] > 10)
     rows = np.concatenate([np.flatnonzero(one)[:n // 2], np.flatnonzero(others)[:n - n // 2]])
     simulator = Simulator(TEST_SETS[name], device="cpu")
-    ridge, events, out = Ridge(simulator), test_set(name, int(rows.max()) + 1, device="cpu"), []
+    ridge, events, out = Ridge(simulator, RidgeConfig.exact()), test_set(name, int(rows.max()) + 1, device="cpu"), []
     try:
         import emcee  # noqa: F401
     except ImportError:
@@ -269,21 +336,63 @@ def main() -> None:
     p.add_argument("--sampler", type=int, default=24, help="events of each set that are sampled, too")
     p.add_argument("--steps", type=int, default=600, help="of emcee")
     p.add_argument("--draws", type=int, default=2000, help="of importance sampling")
+    p.add_argument("--parts", nargs="*", default=list(PARTS), choices=list(PARTS))
+    p.add_argument("--noise", type=int, default=2048, help="records of noise alone")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--save", type=Path, help="folder for the posteriors' moments")
     p.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "cres_limit.json")
     options = p.parse_args()
     torch.set_num_threads(options.threads)
-    report = {"environment": about()}
+    report = json.loads(options.out.read_text()) if options.out.exists() else {}
+    where = report.setdefault("environments", {})
     for name in options.sets:
-        s, report[name] = limit(name, options.events, options.save)
-        if options.sampler:
-            report[name]["sampler"] = sampled(name, s, options.sampler, options.steps, options.draws)
-        energy = report[name]["energy_eV"]
-        print(f"{name}: limit {energy['rms']['value']} ± {energy['rms']['error']} eV, "
-              f"expected {energy['rms_expected']}; z {energy['z_score_rms']['value']}; coverage "
-              f"{ {q: v['value'] for q, v in energy['coverage'].items()} }; {report[name]['speed']}", flush=True)
+        entry, s = report.setdefault(name, {}), {}
+        if "limit" in options.parts:
+            s["limit"], new = limit(name, options.events, options.save, RidgeConfig.exact())
+            report[name] = entry = new | {k: v for k, v in entry.items() if k not in new}
+            where["limit"] = about()
+        if "fast" in options.parts:
+            s["fast"], entry["fast"] = limit(name, options.events, None, RidgeConfig())
+            where["fast"] = about()
+        for label in s:
+            print(f"{name}, {label}: {brief(entry if label == 'limit' else entry['fast'])}", flush=True)
+        if len(s) == 2:
+            true = test_set(name, options.events).columns["energy_eV"]
+            entry["fast"]["against_exact"] = agreement(s["fast"], s["limit"], true)
+        if "noise" in options.parts:
+            some = s.get("fast") or summaries(Ridge(Simulator(TEST_SETS[name])), test_set(name, options.events).ts)
+            entry["noise"], where["noise"] = noise(name, options.noise, some), about()
+            print(f"{name}, noise: {entry['noise']}", flush=True)
+        if "sampler" in options.parts and options.sampler:
+            some = s.get("limit") or summaries(Ridge(Simulator(TEST_SETS[name])), test_set(name, 128).ts)
+            entry["sampler"] = sampled(name, some, options.sampler, options.steps, options.draws)
+            where["sampler"] = about()
         write_json(options.out, report)
+    if "speed" in options.parts:
+        report["speed"] = []
+        for samples, n in ((8192, 128), (24_576, 128), (163_840, 16)):
+            report["speed"].append(speed(samples, n))
+            print(report["speed"][-1], flush=True)
+        where["speed"] = about()
+        write_json(options.out, report)
+
+
+def brief(entry: dict) -> str:
+    energy = entry["energy_eV"]
+    return (f"{energy['rms']['value']} ± {energy['rms']['error']} eV, expected {energy['rms_expected']}; "
+            f"z {energy['z_score_rms']['value']}; coverage { {q: v['value'] for q, v in energy['coverage'].items()} }; "
+            f"{entry['speed']}")
+
+
+def agreement(fast: dict, exact: dict, truth: np.ndarray) -> dict:
+    "How the default settings compare with the exact ones, event by event."
+    shift = (fast["energy_eV_mean"] - exact["energy_eV_mean"]) / exact["energy_eV_sigma"]
+    widths, evidence = np.log(fast["energy_eV_sigma"] / exact["energy_eV_sigma"]), fast["log_evidence"]
+    squares = [np.mean((v["energy_eV_mean"] - truth) ** 2) for v in (fast, exact)]
+    return {"rms_over_exact": rounded(math.sqrt(squares[0] / squares[1])), "shift_of_means_in_sigma": rms(shift),
+            "log_ratio_of_widths": {k: rounded(np.quantile(widths, q)) for k, q in (
+                ("low", 0.16), ("median", 0.5), ("high", 0.84))},
+            "shift_of_log_evidence": rms(evidence - exact["log_evidence"])}
 
 
 if __name__ == "__main__":

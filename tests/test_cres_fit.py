@@ -1,4 +1,5 @@
 """The exact posterior of an event, and the Fisher information."""
+import copy
 import math
 
 import numpy as np
@@ -7,14 +8,17 @@ import torch
 
 from deadlayer_cres.core import ConfigError, DataError
 from deadlayer_cres.cres.fit import (
+    APPARATUS,
     PARAMETERS,
     Fisher,
     Posterior,
     Ridge,
     RidgeConfig,
+    detection_threshold,
     fisher,
     line_information,
     modes,
+    noise_evidence,
     single_mode,
     summaries,
     trap_table,
@@ -174,6 +178,61 @@ def test_noise_alone_has_no_evidence(simulator, ridge):
     assert (ridge(noise).log_evidence < 4).all()
 
 
+def test_electrons_at_the_edge_of_the_energy_range_are_found():
+    s = Simulator(TEST_SETS["cca-24k"], device="cpu")
+    rows = [79, 589, 765]  # 18,550.0 to 18,552.1 eV, of a range from 18,550 eV on
+    parts = [s.events(1, first=k) for k in rows]
+    energy = np.concatenate([p.columns["energy_eV"] for p in parts])
+    p = Ridge(s)(torch.from_numpy(np.concatenate([p.ts for p in parts])))
+    assert (np.abs(p.mean().numpy() - energy) < 4 * p.sigma().numpy()).all()
+
+
+def test_wide_cells_do_not_split_a_mode(ridge, events):
+    p = ridge(record(events, AMBIGUOUS))
+    assert float(p.width_eV.max()) > 1 and len(modes(p).event) <= 2
+
+
+def test_known_start_and_end():
+    T = 8192 / 403e6
+    config = SimulateConfig(seed=3, noise="added", tracks=TrackConfig(start_low_s=0.0, start_high_s=0.5 * T))
+    s = Simulator(config, device="cpu")
+    drawn = s.events(48)
+    start = drawn.columns["start_time_s"]
+    p = summaries(Ridge(s), drawn.ts, drawn.columns, start, start + drawn.columns["track_length_s"])
+    z = (p["energy_eV_mean"] - drawn.columns["energy_eV"]) / p["energy_eV_sigma"]
+    assert 0.7 < np.sqrt(np.mean(z**2)) < 1.4
+    assert abs(np.mean(np.abs(p["energy_eV_below"] - 0.5) < 0.34) - 0.68) < 3.5 * math.sqrt(0.68 * 0.32 / 48)
+
+
+def test_a_known_track_is_a_shorter_record(simulator, ridge):
+    "The first half of a record: as a record of half the length, and as a track that ends there."
+    like = {k: np.array([v]) for k, v in {"energy_eV": 18_610.0, "pitch_angle_deg": 88.8, "radius_m": 3e-3}.items()}
+    ts = torch.from_numpy(Simulator(TEST_SETS["cca-8k"], table=like, device="cpu").events(1).ts)
+    half = Ridge(SimulateConfig(receiver=ReceiverConfig(samples=4096)))
+    ended, cut = ridge(ts, 0.0, 4096 / 403e6), half(ts[..., :4096].contiguous())
+    assert abs(float(ended.mean() - cut.mean())) < 0.2 * float(cut.sigma())
+    assert float(ended.sigma() / cut.sigma()) == pytest.approx(1, abs=0.15)
+    assert float(ended.log_evidence - cut.log_evidence) == pytest.approx(0, abs=0.7)
+    with pytest.raises(DataError, match="an eighth"):
+        ridge(ts, 2e-5, 2.03e-5)
+    with pytest.raises(DataError, match="8192"):
+        ridge(ts[..., :4096], 0.0, 1e-5)
+
+
+def test_threshold_of_false_alarms(ridge):
+    g = torch.Generator().manual_seed(0)
+    x = -torch.rand(4000, generator=g, dtype=torch.float64).log() * 2 - 3  # exponential
+    for p in (0.1, 1e-2, 1e-4):  # the last one beyond the sample
+        t = detection_threshold(p, x)
+        assert abs(t.log_evidence - (-2 * math.log(p) - 3)) < 4 * t.error and t.error < 1.5
+    with pytest.raises(ConfigError, match="false alarm"):
+        detection_threshold(0.0, x)
+    with pytest.raises(ConfigError, match="more noise"):
+        detection_threshold(0.1, x[:50])
+    noise = noise_evidence(ridge, 32)
+    assert (noise.diff() >= 0).all() and float(noise.exp().mean()) < 20
+
+
 def test_modes_and_quantiles_of_a_known_posterior():
     t = lambda *v: torch.tensor(v, dtype=torch.float64)  # noqa: E731
     p = Posterior(torch.tensor([0, 0, 0, 1, 1]), t(0.2, 0.2, 0.6, 0.5, 0.5), t(1.0, 1.4, 30.0, 5.0, 5.2),
@@ -202,7 +261,7 @@ def test_wrong_records(ridge):
 @pytest.mark.parametrize(("settings", "match"), [
     ({"power": "purcell"}, "larmor"),
     ({"receiver": ReceiverConfig(noise_sigma_V=0.0)}, "white noise"),
-    ({"tracks": TrackConfig(start_high_s=1e-6)}, "fill their records"),
+    ({"tracks": TrackConfig(mean_length_s=1e-5, max_tracks=2)}, "single tracks"),
 ])
 def test_settings_that_it_does_not_know(settings, match):
     with pytest.raises(ConfigError, match=match):
@@ -275,3 +334,24 @@ def test_prior_and_start_time(simulator):
     assert (with_start["energy_eV"] > free["energy_eV"]).all()
     assert (F.bound(prior=prior | {"radius_m": 1e-3})["energy_eV"] < with_start["energy_eV"]).all()
     assert torch.allclose(F.bound(known=("start_time_s",))["energy_eV"], free["energy_eV"])
+
+
+def test_information_on_the_apparatus_is_that_of_autograd(simulator):
+    at, r = (18_590.0, 88.6, 2.5e-3, 0.4, 1.0), simulator.config.receiver
+    F = fisher(simulator, *at, apparatus=APPARATUS)
+    assert F.names == (*PARAMETERS[:5], *APPARATUS) and F.information.shape == (1, 8, 8)
+    scale = torch.ones(2, dtype=torch.float64, requires_grad=True)
+    trap = copy.copy(simulator.trap)
+    trap.background_T, trap.current_A = trap.background_T * scale[0], trap.current_A * scale[1]
+    c = comb(trap, simulator.config.cavity, *at)
+    rate = lambda v: torch.autograd.grad(v, scale, retain_graph=True)[0]  # noqa: E731
+    a = r.amplitude_V * c.amplitude[0]
+    d_a = torch.stack([torch.complex(rate(v.real), rate(v.imag)) for v in a], 1)
+    d_f, d_s = torch.stack([rate(v) for v in c.frequency_Hz[0]], 1), rate(c.slope_Hz_per_s[0])
+    exact = line_information(a.detach()[None], d_a[None], d_f[None], d_s[None], r.samples, r.sampling_rate_Hz,
+                             simulator.noise.sigma_V)[0]
+    assert (F.information[0, 5:7, 5:7] / exact - 1).abs().max() < 1e-3
+    free = F.bound(known=APPARATUS)["energy_eV"]
+    assert (F.bound(prior={"field_scale": 1e-6})["energy_eV"] >= torch.hypot(free, torch.tensor(0.5))).all()
+    with pytest.raises(ConfigError, match="field_scale"):
+        fisher(simulator, *at, apparatus=("tilt",))

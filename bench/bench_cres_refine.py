@@ -7,10 +7,11 @@ On the first events of `cca-8k` and `cca-24k`, with standard errors:
 - `blind`: the middle of the ranges;
 - `network`: the run given with `--run`, on the set whose length it was trained on;
 - `network, refined`: what `cres infer --refine` writes, `cres.refine.Refiner` with its default settings;
-- `network modes, fitted`: `cres.refine.Fitter` from the modes of the network alone, at three radii each, weighed by evidence;
+- `network modes, fitted`: `cres.refine.Fitter` from the modes of the network alone, at three radii each, weighed
+  by evidence;
 - `posterior, fitted`: `Fitter` from the best places of the posteriors, their modes weighed by evidence;
-- `limit`: the mean of the exact posterior, from a table of `cres.evaluate.write_table` given with `--exact`, else calculated
-  by `cres.fit.Ridge` with the settings `RidgeConfig.exact()`.
+- `limit`: the mean of the exact posterior, from a table of `cres.evaluate.write_table` given with `--exact`, else
+  calculated by `cres.fit.Ridge` with the settings `RidgeConfig.exact()`.
 
 Single-mode events are those that the refined table flags. Times are those of the process (CPU seconds) per event.
 """
@@ -132,10 +133,12 @@ def main(name: str, n: int, table: str | None, run: str | None) -> dict:
 
 def compared(refiner: Refiner, p: Predictions, ts) -> dict:
     "Medians over events of the distances of `compare_posteriors`, all and where the posterior is narrow."
-    parts = [compare_posteriors(p[a:a + 16], refiner.ridge(torch.as_tensor(ts[a:a + 16]))) for a in range(0, len(p), 16)]
+    posteriors = ((a, refiner.ridge(torch.as_tensor(ts[a:a + 16]))) for a in range(0, len(p), 16))
+    parts = [compare_posteriors(p[a:a + 16], exact) for a, exact in posteriors]
     c = {k: np.concatenate([q[k] for q in parts]) for k in parts[0]}
     groups = {"all": c["sigma_eV"] > 0, "sigma below 5 eV": c["sigma_eV"] < 5, "sigma above 5 eV": c["sigma_eV"] >= 5}
-    return {g: {"events": int(m.sum()), **{k: rounded(np.median(v[m])) for k, v in c.items()}} for g, m in groups.items()}
+    return {g: {"events": int(m.sum()), **{k: rounded(np.median(v[m])) for k, v in c.items()}}
+            for g, m in groups.items()}
 
 
 if __name__ == "__main__":
@@ -149,7 +152,8 @@ if __name__ == "__main__":
     tables, results = dict(pair.split("=", 1) for pair in args.exact), about()
     for name in args.sets:
         results[name] = main(name, args.events, tables.get(name), args.run)
-        print(name, {k: v["rms_eV"] for k, v in results[name].items() if isinstance(v, dict) and "rms_eV" in v}, flush=True)
+        rows = {k: v["rms_eV"] for k, v in results[name].items() if isinstance(v, dict) and "rms_eV" in v}
+        print(name, rows, flush=True)
         with atomic_path(args.out) as part:
             write_json(part, results)
     sys.exit(0)

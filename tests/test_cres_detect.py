@@ -91,6 +91,14 @@ def test_gumbel_law_is_found_with_its_errors():
     assert np.abs(np.mean(pulls, 0)).max() < 0.5 and np.all(np.abs(np.std(pulls, 0) - 1) < 0.35)
 
 
+def test_scores_that_jump_from_zero_keep_their_tail():
+    "As those of clusters do: nothing, or more than a few times the threshold."
+    x = np.random.default_rng(1).gumbel(7.0, 1.5, 8000)
+    x[x < 10.0] = 0.0
+    value, error = fit_false_alarm(x).threshold(1e-3)
+    assert abs(value - (7 - 1.5 * math.log(-math.log1p(-1e-3)))) < 4 * error and error < 0.5
+
+
 def test_threshold_and_probability_of_a_law_are_inverse():
     law = FalseAlarm(5.0, 2.0, np.eye(2), 100)
     for p in (0.5, 1e-2, 1e-6):
@@ -150,7 +158,7 @@ def test_chirp_is_removed():
 def test_chirp_costs_what_fresnel_says():
     "A tone in the middle of a bin that drifts over 1.2 bins."
     samples, slope = 24_576, 3.3e8
-    ts = tone([-3660 * SAMPLING_RATE_HZ / samples], slope, samples, noise=0.02, n=16)  # loud, but its skirts below the noise
+    ts = tone([-3660 * SAMPLING_RATE_HZ / samples], slope, samples, noise=0.02, n=16)  # skirts below the noise
     with_, without = (BrightestBin(slope_Hz_per_s=s).search(ts)["score"].mean() for s in (slope, 0.0))
     u, bins = (np.arange(20_000) + 0.5) / 20_000, slope * (samples / SAMPLING_RATE_HZ) ** 2
     left = [abs(np.exp(1j * np.pi * (bins * u**2 - 2 * b * u)).mean()) ** 2 for b in range(3)]
@@ -257,7 +265,7 @@ def test_lines_of_one_electron_are_recognised():
         (3, 50, 0, 1e-3, 1e6, 3e8), (3, 40, 8e-4, 1e-3, 7e6, 3e8),  # later
         (4, 50, 0, 1e-3, 1e6, 3e8), (4, 40, 0, 1e-3, 30e6, 3e8)]), 5, 1e5)  # too far away
     assert found["lines"].tolist() == [3, 0, 1, 1, 1]
-    assert found["score"].tolist() == [80, 0, 50, 50, 50]
+    assert found["score"].tolist() == [50, 0, 50, 50, 50]
     assert found["spacing_Hz"][0] == pytest.approx(15e6) and np.isnan(found["spacing_Hz"][1:]).all()
     assert np.isnan(found["start_frequency_Hz"][1]) and found["start_frequency_Hz"][0] == 1e6
 

@@ -8,7 +8,7 @@ __all__ = ['CHIRP', 'CARRIERS_HZ', 'REACH_HZ', 'bin_false_alarm', 'bin_threshold
            'find_clusters', 'Lines', 'fit_lines', 'electrons', 'LineTracks', 'bank_cells', 'Templates', 'templates',
            'MatchedFilter', 'bank_mean', 'wilson', 'EfficiencyMap', 'efficiency_map', 'plot_efficiency']
 
-# %% ../../nbs/cres/31_detect.ipynb #a6ef6ec0
+# %% ../../nbs/cres/31_detect.ipynb #8f530d47
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from .prep import BAND_HZ, band_bins, to_channels, to_complex
 from .simulate import Simulator
 from .trap import cyclotron_frequency, energy_from_frequency
 
-# %% ../../nbs/cres/31_detect.ipynb #1b6be42a
+# %% ../../nbs/cres/31_detect.ipynb #fd2fe099
 def bin_false_alarm(
     power,  # highest power of the bins, in mean noise powers of a bin
     bins: int,  # M
@@ -44,7 +44,7 @@ def bin_threshold(
     "Power that the highest of M bins of white noise exceeds with a given probability."
     return -math.log(-math.expm1(math.log1p(-probability) / bins))
 
-# %% ../../nbs/cres/31_detect.ipynb #8a7761f2
+# %% ../../nbs/cres/31_detect.ipynb #e41c6f72
 @dataclass(frozen=True)
 class FalseAlarm:
     "Gumbel's law for the score of noise alone."
@@ -63,21 +63,20 @@ class FalseAlarm:
         turn = np.array([1, -math.log(-math.log1p(-probability))])
         return float(turn @ [self.location, self.scale]), math.sqrt(turn @ self.covariance @ turn)
 
-# %% ../../nbs/cres/31_detect.ipynb #59669927
+# %% ../../nbs/cres/31_detect.ipynb #dca07606
 def fit_false_alarm(
     scores,  # (n,) of noise alone
     part: float = 0.5,  # of the scores, the highest: the tail that is fitted
 ) -> FalseAlarm:
     "Fit Gumbel's law to the tail of scores of noise by maximum likelihood; a `DataError` if there is hardly any."
     x = np.asarray(scores, np.float64)
-    cut = np.quantile(x, 1 - part) if len(x) else 0.0
-    tail = torch.tensor(x[x > cut])
+    tail = torch.tensor(x[x > np.quantile(x, 1 - part)] if len(x) else x)
     if len(tail) < 20 or not np.isfinite(x).all():
         raise DataError("at least 20 different, finite scores of noise in the tail", str(len(tail)), row="scores",
                         remedy="measure more records of noise, or lower the threshold of points")
 
     def cost(p: Tensor) -> Tensor:  # location, log scale
-        z, edge = (tail - p[0]) / p[1].exp(), (cut - p[0]) / p[1].exp()
+        z, edge = (tail - p[0]) / p[1].exp(), (tail.min() - p[0]) / p[1].exp()
         return (z + (-z).exp() + p[1]).sum() + (len(x) - len(tail)) * (-edge).exp()
 
     def with_gradient(p):
@@ -91,7 +90,7 @@ def fit_false_alarm(
     covariance = torch.linalg.inv(torch.autograd.functional.hessian(cost, torch.tensor(found))).numpy()
     return FalseAlarm(float(found[0]), scale, covariance * np.outer([1, scale], [1, scale]), len(x))
 
-# %% ../../nbs/cres/31_detect.ipynb #5afbe4b5
+# %% ../../nbs/cres/31_detect.ipynb #acba1358
 class Detector(ABC):
     "A search for electrons in records. `listen` it to noise first, and `learn` it from labelled events if it needs them."
 
@@ -120,7 +119,7 @@ class Detector(ABC):
         self.false_alarm = fit_false_alarm(torch.cat(scores).cpu().numpy())
         return self
 
-# %% ../../nbs/cres/31_detect.ipynb #98ce26f7
+# %% ../../nbs/cres/31_detect.ipynb #45379cad
 def _found(self: Detector, events: Events) -> dict[str, np.ndarray]:
     "What the search finds in events, batch by batch."
     for name in ("sampling_rate_Hz", "lo_frequency_Hz"):
@@ -149,7 +148,7 @@ def detected(
     "Which events pass the threshold of a false-alarm probability."
     return p.observables["false_alarm_probability"] <= probability
 
-# %% ../../nbs/cres/31_detect.ipynb #905f3961
+# %% ../../nbs/cres/31_detect.ipynb #6eff6c9d
 def remove_chirp(
     ts: Tensor,  # (n, 2, samples)
     slope_Hz_per_s: float,
@@ -193,7 +192,7 @@ class BrightestBin(Detector):
         p, known = peak_baseline(self.train, blank), self.train.truth["energy_eV"]
         return p.mean.clip(known.min(), known.max()), p.sigma
 
-# %% ../../nbs/cres/31_detect.ipynb #e5cd7f66
+# %% ../../nbs/cres/31_detect.ipynb #fb25d1b9
 class Spectrogram(NamedTuple):
     "Power of n records in T slices and F bins, in mean noise powers of a bin."
 
@@ -218,7 +217,7 @@ def spectrogram(
     middle = torch.arange(count, dtype=torch.float64, device=ts.device) + 0.5
     return Spectrogram(power, middle * slice_samples / sampling_rate_Hz, bins * sampling_rate_Hz / slice_samples)
 
-# %% ../../nbs/cres/31_detect.ipynb #5d4eb2ec
+# %% ../../nbs/cres/31_detect.ipynb #5004849b
 @dataclass(frozen=True)
 class ClusterConfig:
     "How tracks are found in a spectrogram, and fitted."
@@ -258,7 +257,7 @@ def find_clusters(s: Spectrogram, config: ClusterConfig | None = None) -> Points
     place = np.stack([event * apart + k / c.time_radius, f / c.frequency_radius], 1)
     return Points(event, k, f, power, DBSCAN(eps=1.0, min_samples=c.min_points).fit_predict(place))
 
-# %% ../../nbs/cres/31_detect.ipynb #28946cf1
+# %% ../../nbs/cres/31_detect.ipynb #6a63221a
 class Lines(NamedTuple):
     "Straight lines through clusters, each field (m,)."
 
@@ -307,7 +306,7 @@ def fit_lines(
     return Lines(of, total(np.ones_like(w)), weight, start, last - first + step, centre - slope * (middle - start),
                  sigma, slope, np.sqrt(slope_variance))
 
-# %% ../../nbs/cres/31_detect.ipynb #87780894
+# %% ../../nbs/cres/31_detect.ipynb #7f55b502
 REACH_HZ = 19.2e6
 "Largest distance of neighbouring lines: twice the highest axial frequency of the default trap, and a margin."
 
@@ -337,14 +336,14 @@ def electrons(
     tolerance = 3 * np.hypot(q.start_frequency_sigma_Hz, p.start_frequency_sigma_Hz)
     comb = side & (np.abs(ratio - np.rint(ratio)) * spacing[q.event] <= tolerance) & (ratio > 0.5)
     belongs = comb | (np.arange(len(main)) == main)
-    found = {"score": np.bincount(q.event[belongs], q.power[belongs], n),
+    found = {"score": np.bincount(has, q.power[first], n),
              "lines": np.bincount(q.event[belongs], minlength=n).astype(float), "spacing_Hz": spacing}
     for name in ("start_frequency_Hz", "start_frequency_sigma_Hz", "slope_Hz_per_s", "start_time_s", "length_s"):
         found[name] = np.full(n, np.nan)
         found[name][has] = getattr(q, name)[first]
     return found
 
-# %% ../../nbs/cres/31_detect.ipynb #66bf2d22
+# %% ../../nbs/cres/31_detect.ipynb #317fb18e
 class LineTracks(Detector):
     "Threshold, DBSCAN and straight lines in a spectrogram; the energy from the start of the strongest line."
 
@@ -385,7 +384,7 @@ class LineTracks(Detector):
             out.append(np.where(np.isfinite(energy), learnt + (energy if k == 0 else 0), none)[:, None])
         return out[0].clip(*self.shift["range"]), out[1]
 
-# %% ../../nbs/cres/31_detect.ipynb #214a65d5
+# %% ../../nbs/cres/31_detect.ipynb #1bf276e2
 _STRIDE = 2  # points of the spectrum, an eighth of a bin each, from one carrier to the next
 _COARSE = (math.pi * _STRIDE / 16) ** 2 / 3  # largest part lost by that
 
@@ -419,7 +418,7 @@ def bank_cells(
         out.append(np.stack([np.full(len(u) - 1, a), np.full(len(u) - 1, b), u[:-1], u[1:]], 1))
     return torch.tensor(np.concatenate(out), device=ridge.device)
 
-# %% ../../nbs/cres/31_detect.ipynb #588f3f8c
+# %% ../../nbs/cres/31_detect.ipynb #8643271a
 class Templates(NamedTuple):
     "What is known of m templates, each field (m,) float64; spacing and field at the middle of the energies."
 
@@ -448,7 +447,7 @@ def templates(
     main, side = (x[:, 4 + line].abs() * ridge.snr for line in (ridge.main, ridge.side))
     return Templates(x[:, 2], row * t.radius_step_m, x[:, 1], 2 * x[:, 0], main, side, (x[:, 3] * area).log())
 
-# %% ../../nbs/cres/31_detect.ipynb #b564c6b0
+# %% ../../nbs/cres/31_detect.ipynb #d59c651f
 _BLOCK = 32  # carriers of a stretch
 _MARGIN = 16  # points beyond the ends of the energies
 _PARTS, _LOUD, _CUT = 4, 30.0, 8.0  # of a cell looked at again; of what score; how far below the best
@@ -508,7 +507,7 @@ class MatchedFilter(Detector):
         mean, sigma = np.array(columns).swapaxes(0, 1).swapaxes(1, 2)
         return mean, sigma
 
-# %% ../../nbs/cres/31_detect.ipynb #a117a66a
+# %% ../../nbs/cres/31_detect.ipynb #caadfea0
 def _place(self: MatchedFilter, bank: Templates, k: Tensor, x: Tensor):
     "Points (m, X) of the sideband for carriers at points x; weights (m, 1); what is subtracted (m, X); energies."
     r = self.ridge
@@ -533,7 +532,7 @@ def _scan(self: MatchedFilter, A: Tensor) -> Tensor:  # (templates, blocks, n)
 
 MatchedFilter.place, MatchedFilter.scan = _place, _scan
 
-# %% ../../nbs/cres/31_detect.ipynb #4839e7fb
+# %% ../../nbs/cres/31_detect.ipynb #d9c842c1
 def _candidates(self: MatchedFilter, tops: Tensor, best: Tensor):
     "Cells and stretches that may hold the electron: template, first point, event, in pieces, quiet ones first."
     least = best - _CUT - torch.where(best > _LOUD, (1 - self.minimal_match) * best, 0)
@@ -591,7 +590,7 @@ def bank_mean(
                    for names in (p.targets, [derived_name(k, "sigma") for k in p.targets]))
     return replace(p, mean=mean, sigma=sigma)
 
-# %% ../../nbs/cres/31_detect.ipynb #91d22751
+# %% ../../nbs/cres/31_detect.ipynb #22ae2a1f
 def wilson(
     found,  # array of the number of events that were found; fractions of events are allowed
     events,  # array of the number of all
@@ -633,7 +632,7 @@ def efficiency_map(
     with np.errstate(invalid="ignore", divide="ignore"):
         return EfficiencyMap(k / n, *wilson(k, n), n, *edges)
 
-# %% ../../nbs/cres/31_detect.ipynb #344c0057
+# %% ../../nbs/cres/31_detect.ipynb #3ad44035
 def plot_efficiency(
     maps: Mapping[str, EfficiencyMap],  # title -> map, all with the same edges
 ):  # a Figure

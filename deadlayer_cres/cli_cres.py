@@ -215,7 +215,8 @@ def infer(args: Namespace) -> None:
     if args.simulation and not args.refine:
         raise ConfigError("--refine with --simulation", "none", row="infer", remedy="give --refine")
     if args.window or args.stride or args.full or args.loss != "larmor":
-        raise ConfigError("--track with --window, --stride, --loss and --full", "none", row="infer", remedy="give --track")
+        raise ConfigError("--track with --window, --stride, --loss and --full", "none", row="infer",
+                          remedy="give --track")
     check_target(args.out, args.overwrite)
     refine = read_simulation(args.simulation) if args.simulation else args.refine
     done = infer_files(args.run, args.files, args.out, args.noise, args.batch_size, overwrite=args.overwrite,

@@ -12,7 +12,7 @@ import torch
 from deadlayer_cres.core import ConfigError, DataError, RunError
 from deadlayer_cres.cres import infer as inf
 from deadlayer_cres.cres.data import COLUMNS, Events, EventStore, shared_data, write_seed_hdf5, write_store
-from deadlayer_cres.cres.evaluate import Predictions, observe, read_columns, read_table, reconstruct
+from deadlayer_cres.cres.evaluate import observe, read_columns, read_table, reconstruct
 from deadlayer_cres.cres.model import EncoderConfig, ModelConfig, Prediction
 from deadlayer_cres.cres.prep import Prep, PrepConfig
 from deadlayer_cres.cres.simulate import ElectronConfig, ReceiverConfig, SimulateConfig, simulate_events

@@ -92,7 +92,7 @@ def fit_false_alarm(
 
 # %% ../../nbs/cres/31_detect.ipynb #acba1358
 class Detector(ABC):
-    "A search for electrons in records. `listen` it to noise first, and `learn` it from labelled events if it needs them."
+    "A search for electrons in records; it must `listen` to noise first, and some must `learn` from labelled events."
 
     targets: tuple[str, ...] = ("energy_eV",)
     batch = 256  # records at a time

@@ -360,6 +360,7 @@ def _windows(self: Ridge, D: Tensor, share: Tensor | None = None) -> Windows:
     peak = root[:, self.rows[0] - self.first:self.rows[1] - self.first].amax(1) ** 2
     return Windows(D, torch.stack(out, 1), top, span, peak, share)
 
+# %% ../../nbs/cres/27_fit.ipynb #dda4b015
 def _samples(self: Ridge, root: Tensor) -> Tensor:  # (n, levels, m)
     "Logarithm of the mean likelihood over each four points, of roots of P with a further point at either end."
     two = 2 * root

@@ -34,14 +34,7 @@ from deadlayer_cres.core import (
     derive_seed,
     seed_everything,
 )
-from deadlayer_cres.cres.data import (
-    BlockBatches,
-    EventBatches,
-    EventStore,
-    SplitConfig,
-    concatenate,
-    read_events,
-)
+from .data import BlockBatches, EventBatches, EventStore, SplitConfig, concatenate, read_events
 from .evaluate import needs_noise, noise_step
 from deadlayer_cres.cres.model import (
     Axis,

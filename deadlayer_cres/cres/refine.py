@@ -6,7 +6,7 @@
 __all__ = ['NAMES', 'FLAGS', 'CombTable', 'comb_table', 'Lines', 'lines', 'Seen', 'see', 'Score', 'Fitter', 'best_phases',
            'Fitted', 'mode_table', 'Refiner', 'mixture_cdf', 'compare_posteriors', 'plot_comparison']
 
-# %% ../../nbs/cres/32_refine.ipynb #8a4d3677
+# %% ../../nbs/cres/32_refine.ipynb #aec5673b
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -24,7 +24,7 @@ from .fit import Modes, Posterior, Ridge, RidgeConfig, modes, single_mode
 from .simulate import SimulateConfig, Simulator, drift, waveforms
 from .trap import Cavity, comb, cyclotron_frequency
 
-# %% ../../nbs/cres/32_refine.ipynb #1dcf83bc
+# %% ../../nbs/cres/32_refine.ipynb #75c1e91d
 def _cubic(x: Tensor, size: int) -> tuple[Tensor, Tensor, Tensor]:  # (m, 4) nodes, weights, derivatives of the weights
     "Lagrange's cubic through four neighbouring nodes of 0 ... size - 1."
     first = (x.floor().long() - 1).clamp(0, size - 4)
@@ -61,7 +61,7 @@ class CombTable(NamedTuple):
         by_radius = torch.einsum("mijc,mi,mj->mc", near, dr, wp)
         return value, by_pitch / self.pitch_step_deg, by_radius / self.radius_step_m
 
-# %% ../../nbs/cres/32_refine.ipynb #6ec42bbf
+# %% ../../nbs/cres/32_refine.ipynb #f7109cff
 def _calculated(s: Simulator, orders, pitch: np.ndarray, radius: np.ndarray) -> np.ndarray:  # (radii, angles, 4 + K)
     "Axial frequency, mean field, slopes and line strengths on a coarse grid."
     e, rows = s.config.electrons, []
@@ -103,7 +103,7 @@ def comb_table(
     return CombTable(torch.as_tensor(values, device=s.device), torch.tensor(orders, device=s.device),
                      float(radius[1]), low, float(pitch[1] - pitch[0]), (e.energy_low_eV + e.energy_high_eV) / 2)
 
-# %% ../../nbs/cres/32_refine.ipynb #d8b3074e
+# %% ../../nbs/cres/32_refine.ipynb #31a40693
 class Lines(NamedTuple):
     "Lines of m electrons, K each, with derivatives by energy (eV), pitch angle (degrees) and radius (m)."
 
@@ -145,7 +145,7 @@ def lines(
     return Lines(f, faster[:, None] ** 2 * orders(v[:, 2], v[:, 3]), v[:, 5:] * H, d_f,
                  d_g * H[:, None] + (v[:, 5:] * d_H)[:, None] * d_f, v[:, 4])
 
-# %% ../../nbs/cres/32_refine.ipynb #6fedcd28
+# %% ../../nbs/cres/32_refine.ipynb #1b7ff50d
 _SHORT, _BLOCKS = 128, 64  # samples of the blocks that are summed first; blocks of the slow series
 
 class Seen(NamedTuple):
@@ -189,7 +189,7 @@ def _turn(cycles: Tensor) -> Tensor:
     x = (2 * math.pi * (cycles - cycles.round())).float()
     return torch.complex(x.cos(), x.sin())
 
-# %% ../../nbs/cres/32_refine.ipynb #f1cd3b5c
+# %% ../../nbs/cres/32_refine.ipynb #8a67716f
 NAMES = ("energy_eV", "pitch_angle_deg", "radius_m", "axial_phase", "cyclotron_phase", "log_scale")
 
 def _moments(phase: Tensor) -> Tensor:  # (m, K, K) radians over the record -> (3, m, K, K) complex
@@ -244,7 +244,7 @@ class Fitter:
         "Lines at parameters (m, P), or their first three."
         return lines(self.table, self.simulator.config.cavity, *x[:, :3].unbind(1))
 
-# %% ../../nbs/cres/32_refine.ipynb #89dc05db
+# %% ../../nbs/cres/32_refine.ipynb #f6359811
 def _projections(seen: Seen, c: Lines, length_s: float) -> tuple[Tensor, Tensor]:  # u and v, (m, K) complex128
     "Projections of records on lines, plain and weighted with the time in lengths of the record."
     t = seen.time
@@ -275,7 +275,7 @@ def _score(self: Fitter, x: Tensor, seen: Seen, length_s: float) -> Score:
 
 Fitter.score = _score
 
-# %% ../../nbs/cres/32_refine.ipynb #ae2eaaf0
+# %% ../../nbs/cres/32_refine.ipynb #547b227b
 _ENOUGH = 5e-3  # gain in log likelihood that is not worth a step: a tenth of a standard deviation
 
 def _climb(self: Fitter, x: Tensor, seen: Seen, length_s: float, steps: int = 30) -> tuple[Tensor, Score, Tensor]:
@@ -314,7 +314,7 @@ def _step(self: Fitter, x: Tensor, s: Score, damping: Tensor) -> tuple[Tensor, T
 
 Fitter.climb, Fitter._step = _climb, _step
 
-# %% ../../nbs/cres/32_refine.ipynb #63226a1a
+# %% ../../nbs/cres/32_refine.ipynb #424c2602
 def best_phases(c: Lines, u: Tensor, orders: Tensor, points: int = 32) -> tuple[Tensor, Tensor, Tensor]:  # (m,) each
     "Best axial and cyclotron phase for projections u (m, K), and the length of the sum of the lines there."
     psi = (torch.arange(points, device=u.device) + 0.5) * math.pi / points
@@ -356,7 +356,7 @@ def _begin(self: Fitter, x: Tensor, seen: Seen, length_s: float, keep: int) -> t
 
 Fitter.offsets, Fitter._begin = _offsets, _begin
 
-# %% ../../nbs/cres/32_refine.ipynb #60f1a323
+# %% ../../nbs/cres/32_refine.ipynb #ca528328
 @dataclass
 class Fitted:
     "The modes of n events, the one of the highest evidence first; M of them, NaN and weight 0 where there are fewer."
@@ -388,7 +388,7 @@ class Fitted:
         mean = (w * x).sum(1)
         return mean, (w * (s**2 + (x - mean[:, None]) ** 2)).sum(1).sqrt()
 
-# %% ../../nbs/cres/32_refine.ipynb #9446230b
+# %% ../../nbs/cres/32_refine.ipynb #7d475c11
 def _log_prior(self: Fitter, x: Tensor) -> Tensor:  # (m,)
     "Logarithm of the density of the priors at parameters (m, P)."
     e = self.simulator.config.electrons
@@ -414,7 +414,7 @@ def _merge(self: Fitter, x: Tensor, value: Tensor, length_s: float) -> Tensor:  
 
 Fitter.log_prior, Fitter._merge = _log_prior, _merge
 
-# %% ../../nbs/cres/32_refine.ipynb #3a782ff7
+# %% ../../nbs/cres/32_refine.ipynb #fbdfd9af
 def _fit(
     self: Fitter,
     ts,  # (n, 2, samples) records with noise, array or tensor; of any length
@@ -463,7 +463,7 @@ def _distinct(self: Fitter, x: Tensor, value: Tensor, event: Tensor, n: int, len
     padded = _pad(value, event, slot, n, -torch.inf)
     return self._merge(_pad(x, event, slot, n, torch.nan), padded, length_s)[event, slot].nonzero()[:, 0]
 
-# %% ../../nbs/cres/32_refine.ipynb #da085d8b
+# %% ../../nbs/cres/32_refine.ipynb #c9070e5d
 def _fitted(self: Fitter, z: Tensor, event: Tensor, x: Tensor, s: Score, done: Tensor) -> Fitted:
     "Covariances, evidences and weights of results (m, P), by event and evidence."
     n, known = len(z), self.receiver.noise_sigma_V
@@ -493,7 +493,7 @@ def _wrap(angle: Tensor, period: float) -> Tensor:
 
 Fitter.seen, Fitter._distinct, Fitter._fitted, Fitter.__call__ = _seen, _distinct, _fitted, _fit
 
-# %% ../../nbs/cres/32_refine.ipynb #818ae1c7
+# %% ../../nbs/cres/32_refine.ipynb #ac8b49f7
 def _goodness(self: Fitter, ts, f: Fitted, beside: int = 4) -> dict[str, Tensor]:  # name -> (n,)
     """How well the best modes fit records (n, 2, samples).
 
@@ -521,7 +521,7 @@ def _goodness(self: Fitter, ts, f: Fitted, beside: int = 4) -> dict[str, Tensor]
 
 Fitter.goodness = _goodness
 
-# %% ../../nbs/cres/32_refine.ipynb #60629447
+# %% ../../nbs/cres/32_refine.ipynb #d6416200
 def _starts(self: Fitter, p: Posterior, samples: int, count: int = 16) -> Tensor:  # (n, count, 3), NaN if fewer
     """Where a posterior holds most, as starts of a fit: energy, pitch angle and radius of best cells.
 
@@ -559,7 +559,7 @@ def _grow(self: Fitter, ts, starts: Tensor, first: int = 8192, tail: float = 1e-
 
 Fitter.starts, Fitter.grow = _starts, _grow
 
-# %% ../../nbs/cres/32_refine.ipynb #b807ca9b
+# %% ../../nbs/cres/32_refine.ipynb #81af5002
 FLAGS = ("single_mode", "ambiguous", "outlier", "not_refined")
 _TARGETS = ("energy_eV", "pitch_angle_deg", "radius_m")
 
@@ -582,7 +582,7 @@ def mode_table(p: Posterior, m: Modes, count: int) -> tuple[Tensor, Tensor, Tens
         (0, 0) * (v.dim() - 1) + (0, count - out.shape[1]), value=fill)
     return pad(mass, 0.0), pad(mean, torch.nan), pad(variance.sqrt(), torch.nan)
 
-# %% ../../nbs/cres/32_refine.ipynb #2bec84e1
+# %% ../../nbs/cres/32_refine.ipynb #f6a2f54d
 class Refiner:
     """Refines predictions by the likelihood of a simulator's electrons.
 
@@ -610,7 +610,7 @@ class Refiner:
                 "quantiles": torch.stack([p.quantiles(levels, k) for k in _TARGETS], 1),
                 "log_evidence": p.log_evidence, **self.fitter.goodness(ts, f)}
 
-# %% ../../nbs/cres/32_refine.ipynb #2cdac194
+# %% ../../nbs/cres/32_refine.ipynb #5190dc0a
 def _refined(self: Refiner, p: Predictions, ts) -> tuple[Predictions, dict[str, np.ndarray]]:
     """Refined predictions for records (n, 2, samples) with noise, and their `FLAGS`, each (n,) bool.
 
@@ -637,7 +637,7 @@ def _refined(self: Refiner, p: Predictions, ts) -> tuple[Predictions, dict[str, 
 
 Refiner.__call__ = _refined
 
-# %% ../../nbs/cres/32_refine.ipynb #2bb8b8e5
+# %% ../../nbs/cres/32_refine.ipynb #93e61405
 def mixture_cdf(p: Predictions, edges: np.ndarray, target: str = "energy_eV") -> np.ndarray:  # (n, edges)
     "Distribution function of predictions: of their modes, or a Gaussian where there are none."
     t = p.targets.index(target)
@@ -671,7 +671,7 @@ def compare_posteriors(
             "common": np.minimum(f, g).sum(1), "main_mode": (f * inside).sum(1),
             "sigma_ratio": p.sigma[:, t] / sigma, "sigma_eV": sigma}
 
-# %% ../../nbs/cres/32_refine.ipynb #2df1bd3f
+# %% ../../nbs/cres/32_refine.ipynb #c02f0350
 def plot_comparison(c: dict[str, np.ndarray]):  # a matplotlib figure
     "What `compare_posteriors` found, against the width of the exact posterior."
     from deadlayer_cres.plots import COLOURS, figure

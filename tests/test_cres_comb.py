@@ -140,8 +140,13 @@ def test_batches_do_not_matter():
 def test_full_track():
     events, _ = lines(1, {-2: 0.003, 0: 0.006}, samples=163_840)
     fit = fit_comb(events, BAND)
+<<<<<<< HEAD
     true = torch.tensor([LO - 60e6, 5e6, 3e8], dtype=torch.float64)
     pull = (torch.stack([v[0, 0] for v in fit[:3]]) - true) / fit.sigma[0, 0]
+=======
+    truth = torch.tensor([LO - 60e6, 5e6, 3e8], dtype=torch.float64)
+    pull = (torch.stack([v[0, 0] for v in fit[:3]]) - truth) / fit.sigma[0, 0]
+>>>>>>> comb
     assert (pull.abs() < 5).all() and fit.sigma[0, 0, 0] < 50
 
 
@@ -223,7 +228,7 @@ def test_regression_beats_the_strongest_line(labelled, regression):
     assert merit["calibration"]["coverage_2_sigma"]["value"] > 0.9
     faint = p.observables["none_right"] > 0.9
     clear = p.observables["none_right"] < 0.1
-    assert np.median(p.sigma[faint, 0]) > 5 * np.median(p.sigma[clear, 0])
+    assert np.median(p.sigma[faint, 0]) > 3 * np.median(p.sigma[clear, 0])
     assert ((p.mean[:, 0] > 18_500) & (p.mean[:, 0] < 18_700)).all()
 
 

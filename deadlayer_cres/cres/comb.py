@@ -693,7 +693,7 @@ def calibrate_trap(
         used = torch.cat([torch.ones_like(m.value[:, :2], dtype=torch.bool), model[:, 2:] > 8 * m.sigma[:, 2:]], 1)
         pull = ((m.value - model.detach()) / m.sigma).masked_fill(~used, math.nan)
         first = pull if first is None else first
-        kept = _cut_outliers(pull, cut)
+        kept = _cut_outliers(pull, cut) if len(pull) else used[:, 0]
         if kept.sum() < 10:
             raise DataError("at least 10 events with two lines and a right comb", str(int(kept.sum())), row="combs",
                             remedy="more events, or parameters at the start that are nearer")

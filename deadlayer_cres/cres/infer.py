@@ -542,8 +542,8 @@ def plot_track(
             if f"true_{name}" in result.tracks:
                 ax.axhline(result.tracks[f"true_{name}"][k], color="k", linestyle="--", linewidth=0.8, label="truth")
             if f"full_{name}" in result.tracks:
-                ax.errorbar([t.mean()], result.tracks[f"full_{name}"][[k]], result.tracks[f"full_{sigma}"][[k]], fmt="s",
-                            color=COLOURS[2], label="full track at once")
+                full = [result.tracks[f"full_{x}"][[k]] for x in (name, sigma)]
+                ax.errorbar([t.mean()], *full, fmt="s", color=COLOURS[2], label="full track at once")
             ax.set(xlabel="middle of the window after the start [µs]", ylabel=axis_label(name))
             ax.ticklabel_format(axis="y", useOffset=False)
             ax.margins(y=0.4)

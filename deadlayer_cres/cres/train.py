@@ -408,8 +408,8 @@ def check_noise(pipeline: Pipeline, source: StreamSource | FileSource) -> None:
         return
     some = source.read(np.sort(source.train)[:64], None)
     if not needs_noise(pipeline, torch.from_numpy(some.ts)):
-        raise ConfigError("clean events", "events with noise, to which prep.noise would add more", source.config.files[0],
-                          "prep.noise", "give --prep.noise none")
+        raise ConfigError("clean events", "events with noise, to which prep.noise would add more",
+                          source.config.files[0], "prep.noise", "give --prep.noise none")
 
 def fit_statistics(pipeline: Pipeline, source: StreamSource | FileSource) -> None:
     "Fit batch steps and target scales on training events."

@@ -104,14 +104,9 @@ def calibration(repeats: int, events: int) -> dict:
         d = c.values - list(PLANTED.values())
         off.append(d / c.sigma)
         rows.append({"values": c.values.tolist(), "sigma": c.sigma.tolist(), "chi2": c.chi2, "degrees": c.degrees,
-<<<<<<< HEAD
-                     "kept": int(c.kept.sum()), "of": len(c.kept), "cpu_seconds": seconds,
-                     "distance": float(d @ np.linalg.solve(c.covariance, d)), "pull_rms_before": np.sqrt(np.nanmean(c.start_pulls[c.kept, :2]**2, 0)),
-=======
                      "kept": int(c.kept.sum()), "of": len(c.kept),
                      "distance": float(d @ np.linalg.solve(c.covariance, d)),
                      "cpu_seconds": seconds, "pull_rms_before": np.sqrt(np.nanmean(c.start_pulls[c.kept, :2]**2, 0)),
->>>>>>> comb
                      "pull_rms_after": np.sqrt(np.nanmean(c.pulls[c.kept, :2]**2, 0))})
         print(i, c, flush=True)
     off = np.array(off)

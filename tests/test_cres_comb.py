@@ -140,13 +140,8 @@ def test_batches_do_not_matter():
 def test_full_track():
     events, _ = lines(1, {-2: 0.003, 0: 0.006}, samples=163_840)
     fit = fit_comb(events, BAND)
-<<<<<<< HEAD
-    true = torch.tensor([LO - 60e6, 5e6, 3e8], dtype=torch.float64)
-    pull = (torch.stack([v[0, 0] for v in fit[:3]]) - true) / fit.sigma[0, 0]
-=======
     truth = torch.tensor([LO - 60e6, 5e6, 3e8], dtype=torch.float64)
     pull = (torch.stack([v[0, 0] for v in fit[:3]]) - truth) / fit.sigma[0, 0]
->>>>>>> comb
     assert (pull.abs() < 5).all() and fit.sigma[0, 0, 0] < 50
 
 

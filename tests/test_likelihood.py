@@ -102,7 +102,8 @@ def test_emulator_is_saved_without_pickle(emulator, tmp_path):
     assert again.degrees == emulator.degrees and again.fccd_range_mm == emulator.fccd_range_mm
     (tmp_path / "bad.npz").write_bytes((tmp_path / "e.npz").read_bytes()[:2000])
     np.savez(tmp_path / "other.npz", a=np.ones(3))
-    np.savez(tmp_path / "pickle.npz", format=np.array([{}], dtype=object))
+    with np.load(tmp_path / "e.npz") as f:
+        np.savez(tmp_path / "pickle.npz", **(dict(f) | {"edges_keV": f["edges_keV"].astype(object)}))
     for name in ("bad.npz", "other.npz", "pickle.npz", "missing.npz"):
         with pytest.raises(DataError, match=name):
             load_emulator(tmp_path / name)
@@ -116,6 +117,10 @@ def test_distortion_is_exact_for_lines():
         want = mean(1.0, 0.5, shift, widen)[0]
         got = lines(plain, shift, 0.0, widen)
         assert np.abs(got - want).max() < 0.01 * np.abs(want - plain).max()
+    def smooth(shift):
+        return 1e5 * np.exp(-(CENTRES - shift) / 40)
+    got, want = Distortion(EDGES, (437.0,))(smooth(0), 0.15) - smooth(0), smooth(0.15) - smooth(0)
+    assert np.allclose(got[2:780], want[2:780], rtol=0.03)
     gain = lines(plain, gain=1e-3) - plain
     high, low = gain[(CENTRES > 350) & (CENTRES < 356)].sum(), gain[(CENTRES > 75) & (CENTRES < 80.9)].sum()
     assert high < 0 < low  # about 200 keV

@@ -82,12 +82,12 @@ def test_probability_of_bins_is_that_of_the_largest_exponential():
 def test_gumbel_law_is_found_with_its_errors():
     pulls = []
     for seed in range(40):
-        x = np.random.default_rng(seed).gumbel(7.0, 1.5, 400)
+        x = np.random.default_rng(seed).gumbel(7.0, 3.0, 400)
         x[x < 6.0] = 0.0  # what lies below the median must not matter
         law = fit_false_alarm(x)
         error, (value, of_value) = np.sqrt(np.diag(law.covariance)), law.threshold(1e-3)
-        pulls.append([(law.location - 7.0) / error[0], (law.scale - 1.5) / error[1],
-                      (value - 7 + 1.5 * math.log(-math.log1p(-1e-3))) / of_value])
+        pulls.append([(law.location - 7.0) / error[0], (law.scale - 3.0) / error[1],
+                      (value - 7 + 3.0 * math.log(-math.log1p(-1e-3))) / of_value])
     assert np.abs(np.mean(pulls, 0)).max() < 0.5 and np.all(np.abs(np.std(pulls, 0) - 1) < 0.35)
 
 

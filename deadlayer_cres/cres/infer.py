@@ -157,6 +157,7 @@ def label_names(opened: Sequence[Events | EventStore | None]) -> list[str]:
     names = dict.fromkeys(k for e in opened if e is not None for k in e.columns)
     return [*names, *(k for k in _LABELS if k not in names and None in opened)]
 
+# %% ../../nbs/cres/28_infer.ipynb #fbf86cf4
 def infer_files(
     run: str | os.PathLike | Trained,  # a run folder
     files: str | os.PathLike | Sequence[str | os.PathLike],  # files, stores and patterns

@@ -212,8 +212,8 @@ class Score(NamedTuple):
 class Fitter:
     """Fits the comb of a simulator to records.
 
-    Raises `ConfigError` for what the model does not know: coloured noise or none, tracks that do not fill their records,
-    an asymmetric trap.
+    Raises `ConfigError` for what the model does not know: coloured noise or none, tracks that do not fill their
+    records, an asymmetric trap.
     """
 
     def __init__(
@@ -614,7 +614,8 @@ class Refiner:
 def _refined(self: Refiner, p: Predictions, ts) -> tuple[Predictions, dict[str, np.ndarray]]:
     """Refined predictions for records (n, 2, samples) with noise, and their `FLAGS`, each (n,) bool.
 
-    The targets are energy, pitch angle and radius; the network's answers, log evidence, chi^2 and p-value become observables.
+    The targets are energy, pitch angle and radius; the network's answers, log evidence, chi^2 and p-value become
+    observables.
     Raises `DataError`, with the row, for records that are not of the simulator's length or hold no noise.
     """
     ts, parts, size, count = torch.as_tensor(ts), [], self.ridge.config.batch, 16

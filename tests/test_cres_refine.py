@@ -159,12 +159,27 @@ def test_modes_are_distinct_sorted_and_weigh_one(fitter, events):
             assert apart[both].all()
 
 
+def test_results_with_the_same_lines_are_merged_and_no_others(fitter):
+    x = torch.tensor([[18_600.0, 89.0, 3e-3, 0, 0]] * 4, dtype=torch.float64)
+    x[1, 0] += 0.1  # eV, a tenth of a bin
+    x[2, 0] += 1.5
+    x[3, 2] += 2e-3
+    x[3, 0] += float((fitter.lines(x[3:]).frequency_Hz - fitter.lines(x[:1]).frequency_Hz)[0, fitter.zero]) / 48.9e3
+    kept = fitter._merge(x[None], torch.tensor([[3.0, 4.0, 1.0, 2.0]]).double(), 8192 / 403e6)
+    assert kept.tolist() == [[False, True, True, True]]
+
+
 def test_free_scale_and_noise_are_found(table):
     other = replace(BASE, receiver=ReceiverConfig(amplitude_V=0.036, noise_sigma_V=0.06))
     events = Simulator(other, device="cpu").events(24)
     f = fitter_of(table, replace(BASE, receiver=ReceiverConfig(amplitude_V=0.03)), free_scale=True, free_noise=True)
     found = f(events.ts, truth_of(events)[:, None, :3])
     assert (found.noise_V / 0.06 - 1).abs().max() < 0.04  # 0.8 % each
+    noisier = ReceiverConfig(amplitude_V=0.03, noise_sigma_V=0.06)
+    known = fitter_of(table, replace(BASE, receiver=noisier), free_scale=True)
+    same = known(events.ts, truth_of(events)[:, None, :3])
+    assert (found.sigma("log_scale")[:, 0] / same.sigma("log_scale")[:, 0] - 1).abs().median() < 0.02
+    assert (found.log_likelihood[:, 0] / same.log_likelihood[:, 0] - 1).abs().median() < 0.04
     pull = (found.column("log_scale") - math.log(1.2))[:, 0] / found.sigma("log_scale")[:, 0]
     assert pull.abs().median() < 1.5
 

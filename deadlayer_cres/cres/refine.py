@@ -212,8 +212,8 @@ class Score(NamedTuple):
 class Fitter:
     """Fits the comb of a simulator to records.
 
-    Raises `ConfigError` for what the model does not know: coloured noise or none, tracks that do not fill a record,
-    an asymmetric trap.
+    Raises `ConfigError` for what the model does not know: coloured noise or none, tracks that do not fill their
+    records, an asymmetric trap.
     """
 
     def __init__(

@@ -92,7 +92,7 @@ def fit_false_alarm(
 
 # %% ../../nbs/cres/31_detect.ipynb #acba1358
 class Detector(ABC):
-    "A search for electrons in records. `listen` it to noise first, and `learn` it from labelled events if it needs them."
+    "A search for electrons in records; it must `listen` to noise first, and some must `learn` from labelled events."
 
     targets: tuple[str, ...] = ("energy_eV",)
     batch = 256  # records at a time
@@ -399,7 +399,8 @@ def bank_cells(
 ) -> Tensor:  # (m, 4): first and last row of radius, first and last W as parts of its range at that radius
     "Cells of radius and pitch angle; a `ConfigError` if the carriers are too coarse for so high a match."
     if not 0 < minimal_match < 1 - 1.2 * _COARSE:
-        raise ConfigError(f"a minimal match between 0 and {1 - 1.2 * _COARSE:.2f}", f"{minimal_match:g}", row="minimal_match")
+        raise ConfigError(f"a minimal match between 0 and {1 - 1.2 * _COARSE:.2f}", f"{minimal_match:g}",
+                          row="minimal_match")
     t, loss = ridge.table, (1 - minimal_match - _COARSE) / 2
     lines = [4 + ridge.main, 4 + ridge.side]
     size = t.values[..., lines].square().sum(2).mean(1).sqrt().cpu().numpy()
@@ -547,7 +548,7 @@ def _candidates(self: MatchedFilter, tops: Tensor, best: Tensor):
             yield bank, number[i], event[k[i]], start[i, None] + grid
 
 def _weigh(self: MatchedFilter, A: Tensor, tops: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    "Best template (n, 3) of energy, pitch angle and radius; weight, and first and second moments (n, 5), from the middle."
+    "Best template (n, 3) of energy, pitch angle and radius; weight and first two moments (n, 5), from the middle."
     n, middle = len(A), self.middle
     top = torch.full((n,), -torch.inf, device=A.device)
     best, sums = (torch.zeros(n, k, dtype=torch.float64, device=A.device) for k in (3, 5))
@@ -622,7 +623,8 @@ def efficiency_map(
     "Efficiency with binomial errors; events outside of the edges are left out. A `DataError` for unequal lengths."
     found, pitch, radius = (np.asarray(v, np.float64) for v in (found, pitch_angle_deg, radius_m))
     if not found.shape == pitch.shape == radius.shape or found.ndim != 1:
-        raise DataError("one pitch angle and radius for each event", f"shapes {found.shape}, {pitch.shape}, {radius.shape}")
+        raise DataError("one pitch angle and radius for each event",
+                        f"shapes {found.shape}, {pitch.shape}, {radius.shape}")
     edges = [np.asarray(v, np.float64) for v in (pitch_edges_deg, radius_edges_m)]
     for name, v in zip(("pitch_edges_deg", "radius_edges_m"), edges, strict=True):
         if v.ndim != 1 or len(v) < 2 or not (np.diff(v) > 0).all():

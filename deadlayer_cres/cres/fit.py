@@ -360,6 +360,7 @@ def _windows(self: Ridge, D: Tensor, share: Tensor | None = None) -> Windows:
     peak = root[:, self.rows[0] - self.first:self.rows[1] - self.first].amax(1) ** 2
     return Windows(D, torch.stack(out, 1), top, span, peak, share)
 
+# %% ../../nbs/cres/27_fit.ipynb #ec442383
 def _samples(self: Ridge, root: Tensor) -> Tensor:  # (n, levels, m)
     "Logarithm of the mean likelihood over each four points, of roots of P with a further point at either end."
     two = 2 * root
@@ -459,6 +460,7 @@ def _grid(self: Ridge) -> None:
     low, high = ((cyclotron_frequency(e, field) - self.start_Hz) / self.step_Hz for e in self.energies[::-1])
     self.grid_x = low - more, high + more  # somewhere in the cell
 
+# %% ../../nbs/cres/27_fit.ipynb #029e19c0
 def _start(self: Ridge, w: Windows) -> Cells:
     "Coarse cells of all main lines that may be the right one."
     P = (w.spectrum[:, self.first:self.last].abs() ** 2)
@@ -490,7 +492,7 @@ def _worth(self: Ridge, P: Tensor, width: int) -> Tensor:  # (n, blocks) bool
 
 Ridge._prepare, Ridge._grid, Ridge._start, Ridge._worth = _prepare, _grid, _start, _worth
 
-# %% ../../nbs/cres/27_fit.ipynb #029e19c0
+# %% ../../nbs/cres/27_fit.ipynb #d0ad29f5
 class Rough(NamedTuple):
     "What the search knows of m cells, each field (m,)."
 
@@ -550,6 +552,7 @@ def _line(self: Ridge, c: Cells, w: Windows, centre: Tensor) -> tuple[Tensor, Te
     return (centre.index_copy(0, i, w.top.view(-1).index_select(0, j)),
             c.width_x.to(self.real).index_copy(0, i, w.span.view(-1).index_select(0, j)))
 
+# %% ../../nbs/cres/27_fit.ipynb #bb8f1421
 def _cell_rates(self: Ridge, c: Cells) -> Tensor:  # (m, 4)
     "Change of energy (eV) and pitch angle (degrees) by Hz of W, of side line (points) and energy (eV) by row."
     t = self.table
@@ -857,6 +860,7 @@ def _batch(self: Ridge, ts: Tensor, times=None) -> Posterior:
 
 Ridge._batch, Ridge.__call__ = _batch, _posterior
 
+# %% ../../nbs/cres/27_fit.ipynb #784378e0
 LEVELS = (0.05, 0.1587, 0.5, 0.8413, 0.95)
 
 def summaries(
@@ -1021,6 +1025,7 @@ class Fisher(NamedTuple):
         sigma = inverse.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() * scale
         return {self.names[j]: sigma[:, k] for k, j in enumerate(keep)}
 
+# %% ../../nbs/cres/27_fit.ipynb #0c6dc9cb
 def fisher(
     simulator: Simulator,
     energy_eV,  # (n,)

@@ -13,13 +13,14 @@ import glob
 import math
 import os
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.constants import e as CHARGE
+from scipy.stats import chi2 as chi2_law
 
 from ..core import ELECTRON_MASS_EV, ConfigError, DataError, InputError, about, default_device, progress
 from .data import COLUMNS, EGG, Events, EventStore, cut_windows, read_egg, read_pickle
@@ -29,8 +30,10 @@ from deadlayer_cres.cres.evaluate import (
     check_events,
     core_fit,
     derived_name,
+    isotonic_of,
     needs_noise,
     noise_step,
+    read_calibration,
     reconstruct,
     table_columns,
     table_writer,
@@ -48,6 +51,10 @@ class Trained:
     run: object  # `deadlayer_cres.train.Run`
     config: object  # `cres.train.Config`
     pipeline: object  # prep and network, in evaluation mode
+
+    def calibrated(self, p: Predictions) -> Predictions:
+        "Predictions as the calibration in use gives them; the temperature is in the weights already."
+        return p if self.run is None else isotonic_of(read_calibration(self.run.path))(p)
 
     @classmethod
     def open(
@@ -157,7 +164,7 @@ def label_names(opened: Sequence[Events | EventStore | None]) -> list[str]:
     names = dict.fromkeys(k for e in opened if e is not None for k in e.columns)
     return [*names, *(k for k in _LABELS if k not in names and None in opened)]
 
-# %% ../../nbs/cres/28_infer.ipynb #fbf86cf4
+# %% ../../nbs/cres/28_infer.ipynb #0b8c8dca
 def infer_files(
     run: str | os.PathLike | Trained,  # a run folder
     files: str | os.PathLike | Sequence[str | os.PathLike],  # files, stores and patterns
@@ -212,7 +219,8 @@ def _blocks(trained: Trained, events: Events | EventStore, path: Path, noise: st
                 clean = needs_noise(trained.pipeline, torch.from_numpy(block.ts[:, :, :samples]))
                 mode = "add" if clean else "none"
                 summary.clean += [os.fspath(path)] if clean else []
-            p, flags = reconstruct(trained.pipeline, block, mode, samples, size, first=start), {}
+            p = trained.calibrated(reconstruct(trained.pipeline, block, mode, samples, size, first=start))
+            flags = {}
             if refiner is not None:
                 with _rows_from(start, path):
                     p, flags = refiner(p, _as_seen(trained.pipeline, block, mode, samples, start))
@@ -234,7 +242,7 @@ def _as_seen(pipeline, block: Events, mode: str, samples: int, first: int) -> to
     step = noise_step(pipeline)
     return step(ts, torch.arange(first, first + len(ts), device=ts.device)) if mode == "add" and step else ts
 
-# %% ../../nbs/cres/28_infer.ipynb #e910693a
+# %% ../../nbs/cres/28_infer.ipynb #4ec5fecd
 def refiner_for(
     trained: Trained,
     simulation: bool | SimulateConfig = True,  # trap, receiver and priors of the events; True: those of the training
@@ -276,13 +284,16 @@ def combine_windows(
     sigma: np.ndarray,  # (m,) their uncertainties; NaN: all alike, taken from the scatter
     overlap: float = 1.0,  # window / stride, if that is above 1
 ) -> tuple[float, float, float]:  # mean, its uncertainty, chi^2 per degree of freedom (NaN for one window)
-    "Weighted mean of the windows of a track."
+    "Weighted mean of the windows of a track; what their errors have in common does not average out."
     known = bool(np.isfinite(sigma).all())
     w = 1 / np.maximum(sigma, 1e-12) ** 2 if known else np.ones(len(value))
     mean, freedom = float(w @ value / w.sum()), len(value) - 1
-    chi2 = float(w @ (value - mean) ** 2 / freedom) if freedom else math.nan
-    scatter = (max(1.0, chi2) if known else chi2) if freedom else (1.0 if known else math.nan)
-    return mean, math.sqrt(overlap * scatter / w.sum()), chi2
+    if not freedom:
+        return mean, math.sqrt(overlap / w[0]) if known else math.nan, math.nan
+    chi2 = float(w @ (value - mean) ** 2 / freedom)
+    if known and chi2_law.cdf(chi2 * freedom, freedom) < 0.05:
+        return mean, math.sqrt((overlap * chi2 + (1 - chi2) * len(value)) / w.sum()), chi2
+    return mean, math.sqrt(overlap * (max(1.0, chi2) if known else chi2) / w.sum()), chi2
 
 def fit_loss(
     energy_eV: np.ndarray,  # (m,) of the windows of one track
@@ -317,13 +328,16 @@ def infer_track(
     loss: str | float = "larmor",  # energy loss: larmor, fit, or a number in eV/s
     noise: str = "auto",  # see `infer_files`
     batch_size: int = 256,
+    full: str | os.PathLike | Trained | None = None,  # a run that takes whole tracks, to stand beside as `full_...`
     device: torch.device | str | None = None,
 ) -> TrackResult:
     "Infer tracks window by window, and their windows combined; energies of tracks are those at their start."
     trained = run if isinstance(run, Trained) else Trained.open(run, device)
-    if loss not in ("larmor", "fit") and not isinstance(loss, int | float):
+    if loss not in ("larmor", "fit") and not (isinstance(loss, int | float) and math.isfinite(loss)):
         raise ConfigError("larmor, fit or a number in eV/s", repr(loss), row="loss")
     window = window or trained.config.data.samples
+    if window > events.samples:
+        raise ConfigError(f"at most {events.samples} samples, the length of the tracks", str(window), row="window")
     pipeline, stride = pipeline_for(trained, window), stride or window
     check_events(replace(trained.config, data=replace(trained.config.data, samples=window)), events)
     noisy, parts = _with_noise(pipeline, events, noise), []
@@ -332,14 +346,27 @@ def infer_track(
     for first in progress(range(0, len(events), size), "tracks", unit="block"):
         cut = cut_windows(noisy(slice(first, first + size)), window, stride)
         event, number = (cut.columns.pop(k).astype(int) for k in ("event", "window"))
-        p = reconstruct(pipeline, cut, "none", window, batch_size)
+        p = trained.calibrated(reconstruct(pipeline, cut, "none", window, batch_size))
         time_s = np.maximum(number * stride / events.sampling_rate_Hz - starts[event], 0.0)
         parts.append({"event": event, "window": number, "time_s": time_s, **table_columns(replace(p, truth={}))})
     windows = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-    field_T = _field_T(trained.config)
-    return combine_tracks(windows, events, pipeline.net.targets, window, stride, loss, field_T)
+    result = combine_tracks(windows, events, pipeline.net.targets, window, stride, loss, _field_T(trained.config))
+    if full is not None:
+        result.tracks |= _full_tracks(full if isinstance(full, Trained) else Trained.open(full, device), events, noisy)
+    return result
 
 # %% ../../nbs/cres/28_infer.ipynb #46c8ce73
+def _full_tracks(trained: Trained, events: Events, noisy: Callable[[slice], Events]) -> dict[str, np.ndarray]:
+    "Columns `full_...` with what a network says of whole tracks."
+    check_events(trained.config, events)
+    samples, parts = trained.config.data.samples, []
+    size = max(1, 2**22 // events.samples)
+    for first in progress(range(0, len(events), size), "full tracks", unit="block"):
+        block = noisy(slice(first, first + size))
+        p = trained.calibrated(reconstruct(trained.pipeline, block, "none", samples, size))
+        parts.append(table_columns(replace(p, truth={}, observables={})))
+    return {f"full_{k}": np.concatenate([part[k] for part in parts]) for k in parts[0]}
+
 def _field_T(config) -> float:
     "Magnetic field at the centre of the trap that a run was trained with."
     if config.data.source != "stream":
@@ -369,6 +396,9 @@ def pipeline_for(trained: Trained, window: int):
     "The pipeline of a run for windows of another length; a `ConfigError` if the network cannot take them."
     if window == trained.config.data.samples:
         return trained.pipeline
+    if "spectrum" in [c.representation for c in (trained.config.prep, trained.config.second) if c is not None]:
+        raise ConfigError(f"windows of {trained.config.data.samples} samples, as in the training", str(window),
+                          row="window", remedy="this network knows spectra by the number of their bins")
     from deadlayer_cres.cres.train import build_pipeline
 
     try:
@@ -447,6 +477,7 @@ def infer_track_files(
     loss: str | float = "larmor",
     noise: str = "auto",
     overwrite: bool = False,  # replace existing tables
+    full: str | os.PathLike | Trained | None = None,
     device: torch.device | str | None = None,
 ) -> tuple[InferSummary, TrackResult]:  # what was done; the first tracks
     "Infer all tracks of files window by window; writes `out` and the table of windows beside it, or nothing."
@@ -456,6 +487,7 @@ def infer_track_files(
             raise DataError("a new name", "an existing file", name, remedy="choose another, or allow overwriting")
     with table_writer(out) as write_track, table_writer(windows_name(out)) as write_window:
         trained = run if isinstance(run, Trained) else Trained.open(run, device)
+        full = full if full is None or isinstance(full, Trained) else Trained.open(full, device)
         need = replace(trained.config, data=replace(trained.config.data, samples=window or trained.config.data.samples))
         paths = find_files(files)
         opened = open_stores(paths, need)
@@ -464,7 +496,7 @@ def infer_track_files(
             events = open_events(path, need) if events is None else events
             for start, block in _track_blocks(events, noise):
                 with about(path):
-                    result = infer_track(trained, block, window, stride, loss, noise)
+                    result = infer_track(trained, block, window, stride, loss, noise, full=full)
                 known, unknown = result.tracks, np.full(len(result), np.nan)
                 result.tracks = {k: v for k, v in known.items() if not k.startswith("true_")} | {
                     k: known.get(k, unknown) for k in (f"true_{name}" for name in labels)}
@@ -490,7 +522,6 @@ def _track_blocks(events: Events | EventStore, noise: str) -> Iterator[tuple[int
 def plot_track(
     result: TrackResult,
     event: int = 0,  # which track
-    full: Predictions | None = None,  # of a network that takes the full track at once; same order as the tracks
 ):  # a matplotlib figure
     "The windows of a track and their combination, in energy and in what else was predicted."
     w, k = result.windows, int(np.flatnonzero(result.tracks["event"] == event)[0])
@@ -510,10 +541,9 @@ def plot_track(
                        if error > 0 else "combined")
             if f"true_{name}" in result.tracks:
                 ax.axhline(result.tracks[f"true_{name}"][k], color="k", linestyle="--", linewidth=0.8, label="truth")
-            if full is not None and name in full.targets:
-                i = full.targets.index(name)
-                ax.errorbar([t.mean()], [full.mean[k, i]], [full.sigma[k, i]], fmt="s", color=COLOURS[2],
-                            label="full track at once")
+            if f"full_{name}" in result.tracks:
+                full = [result.tracks[f"full_{x}"][[k]] for x in (name, sigma)]
+                ax.errorbar([t.mean()], *full, fmt="s", color=COLOURS[2], label="full track at once")
             ax.set(xlabel="middle of the window after the start [µs]", ylabel=axis_label(name))
             ax.ticklabel_format(axis="y", useOffset=False)
             ax.margins(y=0.4)

@@ -173,7 +173,7 @@ class RidgeConfig:
     "How the posterior is calculated: by default fast, its moments exact to a tenth of its width; see `exact`."
 
     orders: tuple[int, ...] = (-4, -2, 0, 2)  # lines that are used
-    resolution: float = 0.3  # largest width of cells over that of the posterior; 0: as fine as the likelihood is
+    resolution: float = 0.25  # largest width of cells over that of the posterior; 0: as fine as the likelihood is
     weak: float = 1.0  # squared signal-to-noise ratio of lines beside the two strong ones that may be neglected
     cut: float = 12.0  # main lines that are worse than the best by more than this, in log likelihood, are dropped
     tail: float = 1e-3  # probability that may be dropped in all
@@ -360,7 +360,7 @@ def _windows(self: Ridge, D: Tensor, share: Tensor | None = None) -> Windows:
     peak = root[:, self.rows[0] - self.first:self.rows[1] - self.first].amax(1) ** 2
     return Windows(D, torch.stack(out, 1), top, span, peak, share)
 
-# %% ../../nbs/cres/27_fit.ipynb #ec442383
+# %% ../../nbs/cres/27_fit.ipynb #77fe27de
 def _samples(self: Ridge, root: Tensor) -> Tensor:  # (n, levels, m)
     "Logarithm of the mean likelihood over each four points, of roots of P with a further point at either end."
     two = 2 * root
@@ -382,6 +382,7 @@ def _tops(self: Ridge, root: Tensor, width: int) -> tuple[Tensor, Tensor]:
     span = torch.where(top > 3.5, (4 * _TONE / top).clamp(max=width), width)
     return tuple(v.repeat_interleave(width // _WIDE, 1) for v in (place.to(self.real), span.to(self.real)))
 
+# %% ../../nbs/cres/27_fit.ipynb #3b098022
 def _gain(self: Ridge, w: Windows, event: Tensor, x: Tensor, size: Tensor, g: Tensor) -> tuple[Tensor, Tensor]:
     "Log likelihood of lines at x (m,), as a mean over windows of 8 * 2**size points or, if negative, there; its peak."
     value, exponent, q = torch.empty_like(g), torch.zeros_like(g), g.sqrt()
@@ -442,6 +443,7 @@ def _prepare(self: Ridge) -> None:
     self.resonance_Hz = s.cavity.resonance_Hz or s.cavity.cylinder_resonance_Hz
     self._grid()
 
+# %% ../../nbs/cres/27_fit.ipynb #029e19c0
 def _grid(self: Ridge) -> None:
     "The coarse cells of W and radius, and from where to where in the spectrum the main line may lie."
     t, width = self.table, _BOX * self.step_Hz
@@ -460,7 +462,6 @@ def _grid(self: Ridge) -> None:
     low, high = ((cyclotron_frequency(e, field) - self.start_Hz) / self.step_Hz for e in self.energies[::-1])
     self.grid_x = low - more, high + more  # somewhere in the cell
 
-# %% ../../nbs/cres/27_fit.ipynb #029e19c0
 def _start(self: Ridge, w: Windows) -> Cells:
     "Coarse cells of all main lines that may be the right one."
     P = (w.spectrum[:, self.first:self.last].abs() ** 2)
@@ -492,7 +493,7 @@ def _worth(self: Ridge, P: Tensor, width: int) -> Tensor:  # (n, blocks) bool
 
 Ridge._prepare, Ridge._grid, Ridge._start, Ridge._worth = _prepare, _grid, _start, _worth
 
-# %% ../../nbs/cres/27_fit.ipynb #d0ad29f5
+# %% ../../nbs/cres/27_fit.ipynb #fbcc0475
 class Rough(NamedTuple):
     "What the search knows of m cells, each field (m,)."
 
@@ -505,8 +506,8 @@ class Rough(NamedTuple):
     energy_eV: Tensor  # above the middle
     pitch_angle_deg: Tensor
 
-def _rough(self: Ridge, c: Cells, w: Windows) -> Rough:
-    "The search's log posterior of cells."
+def _rough(self: Ridge, c: Cells, w: Windows, margin: int = 1) -> Rough:
+    "Log posterior of cells; windows of the side line are twice (once without `margin`) as wide as its range."
     t, real, r = self.table, self.real, c.r.long()
     J = t.values.shape[1]
     a, b = torch.maximum(c.w - c.width_w / 2, t.low_Hz[r]), torch.minimum(c.w + c.width_w / 2, t.high_Hz[r])
@@ -526,7 +527,7 @@ def _rough(self: Ridge, c: Cells, w: Windows) -> Rough:
     sizes = [(torch.log2(v / _WIDE) + 1e-3).floor().long() for v in (width, c.width_w.to(real) / self.step_Hz)]
     reach = by_w * (c.width_w.to(real) / self.step_Hz) + by_r * c.width_r.to(real)  # of the side line, in points
     sizes[1] = torch.where((sizes[1] < 0) & (reach < _WIDE), -1,
-                           (torch.log2(reach / _WIDE).ceil().long() + 1).clamp(0, _SIZES - 1))
+                           (torch.log2(reach / _WIDE).ceil().long() + margin).clamp(0, _SIZES - 1))
     shift = (centre - zero) * per
     ends = [e - t.energy_eV for e in self.energies]
     energy = (mass_eV * (field - shift) / (1 + shift)).clamp(*ends)
@@ -542,6 +543,7 @@ def _rough(self: Ridge, c: Cells, w: Windows) -> Rough:
     rest = (row[:, others] ** 2).sum(1) * self.snr**2 * share
     return Rough(mass, snr2, rest, exponent, reach, span, energy, pitch)
 
+# %% ../../nbs/cres/27_fit.ipynb #f48ad2b0
 def _line(self: Ridge, c: Cells, w: Windows, centre: Tensor) -> tuple[Tensor, Tensor]:
     "Where the main line is within cells whose centres are `centre` (m,), and the width of what lies there, in points."
     i, n, blocks = (c.width_x >= _WIDE).nonzero()[:, 0], *w.top.shape[1:]
@@ -552,7 +554,6 @@ def _line(self: Ridge, c: Cells, w: Windows, centre: Tensor) -> tuple[Tensor, Te
     return (centre.index_copy(0, i, w.top.view(-1).index_select(0, j)),
             c.width_x.to(self.real).index_copy(0, i, w.span.view(-1).index_select(0, j)))
 
-# %% ../../nbs/cres/27_fit.ipynb #bb8f1421
 def _cell_rates(self: Ridge, c: Cells) -> Tensor:  # (m, 4)
     "Change of energy (eV) and pitch angle (degrees) by Hz of W, of side line (points) and energy (eV) by row."
     t = self.table
@@ -696,7 +697,7 @@ def _log_posterior(self: Ridge, D: Tensor, c: Cells, w: Windows | None = None) -
         for v, new in zip(out, zip(*found, strict=True), strict=True):
             v.index_copy_(0, i, torch.cat(new))
     if len(j):
-        s = _joined([self._rough(part, w) for part in c.pick(j).parts()])
+        s = _joined([self._rough(part, w, 0) for part in c.pick(j).parts()])
         for v, new in zip(out, (s.mass, s.energy_eV.double() + self.table.energy_eV, s.pitch_angle_deg), strict=True):
             v.index_copy_(0, j, new.double())
     return *out, c.r * self.table.radius_step_m
@@ -860,7 +861,7 @@ def _batch(self: Ridge, ts: Tensor, times=None) -> Posterior:
 
 Ridge._batch, Ridge.__call__ = _batch, _posterior
 
-# %% ../../nbs/cres/27_fit.ipynb #784378e0
+# %% ../../nbs/cres/27_fit.ipynb #9f20dc02
 LEVELS = (0.05, 0.1587, 0.5, 0.8413, 0.95)
 
 def summaries(
@@ -1025,7 +1026,7 @@ class Fisher(NamedTuple):
         sigma = inverse.diagonal(dim1=1, dim2=2).clamp(min=0).sqrt() * scale
         return {self.names[j]: sigma[:, k] for k, j in enumerate(keep)}
 
-# %% ../../nbs/cres/27_fit.ipynb #0c6dc9cb
+# %% ../../nbs/cres/27_fit.ipynb #82032587
 def fisher(
     simulator: Simulator,
     energy_eV,  # (n,)

@@ -19,7 +19,7 @@ from deadlayer_cres.cres.comb import (
     two_pair_trap,
 )
 from deadlayer_cres.cres.data import Events, read_egg, shared_data
-from deadlayer_cres.cres.evaluate import Predictions, figures_of_merit, peak_baseline
+from deadlayer_cres.cres.evaluate import Predictions, figures_of_merit, peak_baseline, read_table, write_table
 from deadlayer_cres.cres.fit import line_information
 from deadlayer_cres.cres.simulate import TEST_SETS, Simulator, waveforms
 from deadlayer_cres.cres.trap import HarmonicTrap, default_trap
@@ -235,6 +235,13 @@ def test_mixture_is_normalised_and_probabilities_are_honest(labelled, regression
     right = module._right(*labelled[1])
     expected, found = p.weight[:, :-1].sum(), right.sum()
     assert abs(expected - found) < 5 * math.sqrt(found)
+
+
+def test_table_of_predictions(labelled, regression, tmp_path):
+    p = regression.predict(*labelled[1])
+    write_table(tmp_path / "p.csv", p)
+    q = read_table(tmp_path / "p.csv")
+    assert q.targets == p.targets and np.allclose(q.modes, p.modes) and np.allclose(q.sigma, p.sigma)
 
 
 def test_save_and_load(labelled, regression, tmp_path):

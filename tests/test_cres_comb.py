@@ -19,7 +19,7 @@ from deadlayer_cres.cres.comb import (
     two_pair_trap,
 )
 from deadlayer_cres.cres.data import Events, read_egg, shared_data
-from deadlayer_cres.cres.evaluate import Predictions, figures_of_merit, peak_baseline
+from deadlayer_cres.cres.evaluate import Predictions, figures_of_merit, peak_baseline, read_table, write_table
 from deadlayer_cres.cres.fit import line_information
 from deadlayer_cres.cres.simulate import TEST_SETS, Simulator, waveforms
 from deadlayer_cres.cres.trap import HarmonicTrap, default_trap
@@ -118,8 +118,10 @@ def test_odd_lines_of_an_asymmetric_trap():
     assert even.power[:, 0, 1::2].mean() < 2 < fit.power[right, 0, 3].mean()
 
 
-def test_carrier_weaker_than_its_sideband():
-    fit = fit_comb(lines(40, {-4: 0.005, -2: 0.011, 0: 0.008, 2: 0.005})[0], BAND)
+@pytest.mark.parametrize("carrier", [0.008, 0.0008])
+def test_carrier_weaker_than_its_sideband(carrier):
+    "It is found even where it is hidden in the noise."
+    fit = fit_comb(lines(30, {-4: 0.007, -2: 0.011, 0: carrier, 2: 0.009})[0], BAND)
     near = (fit.frequency_Hz - (LO - 60e6)).abs() < 1e5
     assert near.any(1).double().mean() > 0.9
 
@@ -233,6 +235,13 @@ def test_mixture_is_normalised_and_probabilities_are_honest(labelled, regression
     right = module._right(*labelled[1])
     expected, found = p.weight[:, :-1].sum(), right.sum()
     assert abs(expected - found) < 5 * math.sqrt(found)
+
+
+def test_table_of_predictions(labelled, regression, tmp_path):
+    p = regression.predict(*labelled[1])
+    write_table(tmp_path / "p.csv", p)
+    q = read_table(tmp_path / "p.csv")
+    assert q.targets == p.targets and np.allclose(q.modes, p.modes) and np.allclose(q.sigma, p.sigma)
 
 
 def test_save_and_load(labelled, regression, tmp_path):

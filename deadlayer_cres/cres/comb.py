@@ -241,7 +241,7 @@ class CombFit(NamedTuple):
 
     @property
     def sigma(self) -> Tensor:  # (n, H, 3)
-        "Standard deviations of carrier, axial frequency and chirp; infinite where nothing is seen."
+        "Standard deviations of carrier, axial frequency and chirp; vast where nothing is seen."
         return self.covariance.diagonal(dim1=2, dim2=3).sqrt()
 
     def table(self, hypothesis: int = 0) -> dict[str, np.ndarray]:  # name -> (n,)
@@ -539,7 +539,9 @@ def _predict(
     mean, sigma = _cut(mean, sigma, low, high)
     middle = (p[..., None] * mean).sum(1)
     spread = np.sqrt((p[..., None] * (sigma**2 + (mean - middle[:, None]) ** 2)).sum(1))
-    seen = {k: v for k, v in combs.table().items() if not k.startswith("line")} | {"none_right": p[:, -1]}
+    table = combs.table()
+    seen = {k: table[k] for k in ("frequency_Hz", "axial_frequency_Hz", "slope_Hz_per_s", "lines", "snr",
+                                  "log_likelihood_ratio", "log_evidence")} | {"none_right": p[:, -1]}
     return Predictions(TARGETS, middle, spread, dict(truth or {}), seen, weight=p, modes=mean, widths=sigma)
 
 def _cut(mean: np.ndarray, sigma: np.ndarray, low: np.ndarray, high: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

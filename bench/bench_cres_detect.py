@@ -7,7 +7,8 @@ the bank) on the first events of a fixed test set. The two first learn the shift
 training stream. False alarms are measured on noise alone; efficiencies are those at the fitted thresholds, per record
 of the set's length. LIMIT is the table of posteriors that bench_cres_limit.py writes; with it each row has its ratio to
 the limit. With `--data FOLDER`, that of epsilon_grid.npz, the published efficiencies of the same events stand beside.
-Times are processor times of one thread. Results go to bench/results/cres_detect.json, a set at a time.
+Times are processor times of one thread. Results go to bench/results/cres_detect.json, a set at a time; `--searches`
+renews some rows, and keeps the others if they are of the same events.
 """
 import argparse
 import math
@@ -35,6 +36,7 @@ from deadlayer_cres.cres.simulate import TEST_SETS, Simulator, test_set
 
 HERE = Path(__file__).resolve().parent
 PROBABILITIES = (1e-2, 1e-3)
+SEARCHES = ("brightest_bin", "clusters", "matched_filter")
 
 
 def share(found: np.ndarray) -> dict:
@@ -104,8 +106,9 @@ def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     p.add_argument("--set", default="cca-8k", choices=list(TEST_SETS))
     p.add_argument("--events", type=int, default=1024, help="of the test set")
-    p.add_argument("--records", type=int, default=4000, help="of noise, for the thresholds of the first two searches")
-    p.add_argument("--bank_records", type=int, default=2000, help="of noise, for that of the matched filter")
+    p.add_argument("--records", type=int, default=4000, help="of noise; twice as many for clusters")
+    p.add_argument("--bank_records", type=int, default=2000, help="of noise, for the matched filter")
+    p.add_argument("--searches", nargs="+", default=list(SEARCHES), choices=SEARCHES, help="whose rows are renewed")
     p.add_argument("--minimal_match", type=float, default=0.9, help="of the matched filter")
     p.add_argument("--limit", type=Path, help="table of the posteriors of the first events of the test set")
     p.add_argument("--data", type=Path, help="folder of epsilon_grid.npz")
@@ -116,13 +119,18 @@ def main() -> None:
     events, train = test_set(o.set, o.events, device="cpu"), simulator.reseeded("train").events(2048, noise="added")
     limit = None if o.limit is None else read_table(o.limit)
     samples = events.samples
-    searches = {
-        "brightest_bin": ("brightest bin", BrightestBin().learn(train), o.records),
-        "clusters": ("threshold, DBSCAN, line fit", LineTracks(ClusterConfig(samples // 4)).learn(train), o.records),
-        "matched_filter": ("matched-filter bank, best template", MatchedFilter(simulator, o.minimal_match),
+    made = {
+        "brightest_bin": ("brightest bin", lambda: BrightestBin().learn(train), o.records),
+        "clusters": ("threshold, DBSCAN, line fit", lambda: LineTracks(ClusterConfig(samples // 4)).learn(train),
+                     2 * o.records),
+        "matched_filter": ("matched-filter bank, best template", lambda: MatchedFilter(simulator, o.minimal_match),
                            o.bank_records)}
-    rows = {}
-    for name, (what, detector, records) in searches.items():
+    before = read_json(o.out) if o.out.exists() else {}
+    old = before.get(o.set, {})
+    rows = dict(old["rows"]) if old.get("checksum") == events.checksum else {}
+    for name in o.searches:
+        what, make, records = made[name]
+        detector = make()
         alarms = false_alarms(detector, simulator, records, records)
         start = time.process_time()
         found = detector(events)
@@ -133,7 +141,7 @@ def main() -> None:
             mean = row("matched-filter bank, mean", bank_mean(found), limit)
             rows["matched_filter_mean"] = mean | speed
         print(shown({"rows": rows}), flush=True)
-    if limit is not None:
+    if limit is not None and "limit" not in rows:
         rows["limit"] = {"what": "exact posterior", "merit": merit(limit, None)}
     published = None
     if o.data is not None:
@@ -144,7 +152,7 @@ def main() -> None:
                                           truth=events.columns))["energy_eV"]["all"]["rms"]
     result = {"machine": about(), "events": len(events), "samples": samples, "checksum": events.checksum,
               "rms_of_the_energies_eV": spread, "published_efficiency": published, "rows": rows}
-    write_json(o.out, (read_json(o.out) if o.out.exists() else {}) | {o.set: result})
+    write_json(o.out, before | {o.set: result})
     print(shown(result))
     assert all(math.isfinite(r["merit"]["energy_eV"]["all"]["rms"]["value"]) for r in rows.values())
 

@@ -129,7 +129,7 @@ def test_a_search_that_does_not_know_its_false_alarms_says_so(train):
 @pytest.mark.parametrize("make", [BrightestBin, LineTracks])
 def test_a_search_without_calibration_says_so(make, train, simulator):
     with pytest.raises(NotFittedError, match="learn"):
-        make().listen(simulator, 500)(train[:4])
+        make().listen(simulator, 1200)(train[:4])
 
 
 @pytest.mark.parametrize("change", [{"sampling_rate_Hz": 200e6}, {"lo_frequency_Hz": 20.65e9}, {"ts": None}])
@@ -353,6 +353,8 @@ def test_clear_events_are_measured(bank, simulator):
     for q in (p, bank_mean(p)):
         off = q.mean - np.stack([e.columns[k] for k in q.targets], 1)
         assert (np.abs(off) < 5 * q.sigma + [2.0, 0.01]).all(), off
+    m = bank_mean(p)
+    assert p.sigma**2 == pytest.approx(m.sigma**2 + (p.mean - m.mean) ** 2, rel=1e-6, abs=1e-8)  # about another centre
     assert "energy_eV" not in p.observables and {"radius_m", "score"} <= set(p.observables)
 
 
@@ -370,7 +372,7 @@ def test_matched_filter_is_the_most_efficient(bank, simulator, train):
     events = train[:128]
     found = []
     for each in d:
-        law = each.listen(simulator, 256 if each is bank else 600).false_alarm
+        law = each.listen(simulator, 256 if each is bank else 1200).false_alarm
         found.append((law.probability(each.score(torch.from_numpy(events.ts)).numpy()) <= 1e-2).mean())
     assert found[2] >= found[0] - 0.02 > found[1] - 0.02, found
 

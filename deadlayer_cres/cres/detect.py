@@ -8,7 +8,7 @@ __all__ = ['CHIRP', 'CARRIERS_HZ', 'REACH_HZ', 'bin_false_alarm', 'bin_threshold
            'find_clusters', 'Lines', 'fit_lines', 'electrons', 'LineTracks', 'bank_cells', 'Templates', 'templates',
            'MatchedFilter', 'bank_mean', 'wilson', 'EfficiencyMap', 'efficiency_map', 'plot_efficiency']
 
-# %% ../../nbs/cres/31_detect.ipynb #8f530d47
+# %% ../../nbs/cres/31_detect.ipynb #736c2284
 import math
 from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
@@ -29,7 +29,7 @@ from .prep import BAND_HZ, band_bins, to_channels, to_complex
 from .simulate import Simulator
 from .trap import cyclotron_frequency, energy_from_frequency
 
-# %% ../../nbs/cres/31_detect.ipynb #fd2fe099
+# %% ../../nbs/cres/31_detect.ipynb #053ad790
 def bin_false_alarm(
     power,  # highest power of the bins, in mean noise powers of a bin
     bins: int,  # M
@@ -44,7 +44,7 @@ def bin_threshold(
     "Power that the highest of M bins of white noise exceeds with a given probability."
     return -math.log(-math.expm1(math.log1p(-probability) / bins))
 
-# %% ../../nbs/cres/31_detect.ipynb #e41c6f72
+# %% ../../nbs/cres/31_detect.ipynb #46be5d47
 @dataclass(frozen=True)
 class FalseAlarm:
     "Gumbel's law for the score of noise alone."
@@ -63,7 +63,7 @@ class FalseAlarm:
         turn = np.array([1, -math.log(-math.log1p(-probability))])
         return float(turn @ [self.location, self.scale]), math.sqrt(turn @ self.covariance @ turn)
 
-# %% ../../nbs/cres/31_detect.ipynb #dca07606
+# %% ../../nbs/cres/31_detect.ipynb #d7571e37
 def fit_false_alarm(
     scores,  # (n,) of noise alone
     part: float = 0.5,  # of the scores, the highest: the tail that is fitted
@@ -90,12 +90,13 @@ def fit_false_alarm(
     covariance = torch.linalg.inv(torch.autograd.functional.hessian(cost, torch.tensor(found))).numpy()
     return FalseAlarm(float(found[0]), scale, covariance * np.outer([1, scale], [1, scale]), len(x))
 
-# %% ../../nbs/cres/31_detect.ipynb #acba1358
+# %% ../../nbs/cres/31_detect.ipynb #46ba4d73
 class Detector(ABC):
-    "A search for electrons in records; it must `listen` to noise first, and some must `learn` from labelled events."
+    "A search for electrons in records. First let it `listen` to noise and, where it can, `learn` from labelled events."
 
     targets: tuple[str, ...] = ("energy_eV",)
     batch = 256  # records at a time
+    tail = 0.5  # part of the scores of noise that Gumbel's law is fitted to
     false_alarm: FalseAlarm | None = None
     sampling_rate_Hz, lo_frequency_Hz = SAMPLING_RATE_HZ, LO_FREQUENCY_HZ
 
@@ -116,10 +117,10 @@ class Detector(ABC):
         s, samples = simulator.reseeded("false alarms"), simulator.config.receiver.samples
         scores = [self.score(s.noise.counted(min(self.batch, records - a), samples, s.seed, a, s.device))
                   for a in range(0, records, self.batch)]
-        self.false_alarm = fit_false_alarm(torch.cat(scores).cpu().numpy())
+        self.false_alarm = fit_false_alarm(torch.cat(scores).cpu().numpy(), self.tail)
         return self
 
-# %% ../../nbs/cres/31_detect.ipynb #45379cad
+# %% ../../nbs/cres/31_detect.ipynb #330f585c
 def _found(self: Detector, events: Events) -> dict[str, np.ndarray]:
     "What the search finds in events, batch by batch."
     for name in ("sampling_rate_Hz", "lo_frequency_Hz"):
@@ -148,7 +149,7 @@ def detected(
     "Which events pass the threshold of a false-alarm probability."
     return p.observables["false_alarm_probability"] <= probability
 
-# %% ../../nbs/cres/31_detect.ipynb #6eff6c9d
+# %% ../../nbs/cres/31_detect.ipynb #b6a2a255
 def remove_chirp(
     ts: Tensor,  # (n, 2, samples)
     slope_Hz_per_s: float,
@@ -192,7 +193,7 @@ class BrightestBin(Detector):
         p, known = peak_baseline(self.train, blank), self.train.truth["energy_eV"]
         return p.mean.clip(known.min(), known.max()), p.sigma
 
-# %% ../../nbs/cres/31_detect.ipynb #fb25d1b9
+# %% ../../nbs/cres/31_detect.ipynb #5c2a14ee
 class Spectrogram(NamedTuple):
     "Power of n records in T slices and F bins, in mean noise powers of a bin."
 
@@ -217,7 +218,7 @@ def spectrogram(
     middle = torch.arange(count, dtype=torch.float64, device=ts.device) + 0.5
     return Spectrogram(power, middle * slice_samples / sampling_rate_Hz, bins * sampling_rate_Hz / slice_samples)
 
-# %% ../../nbs/cres/31_detect.ipynb #5004849b
+# %% ../../nbs/cres/31_detect.ipynb #d0cdd6fc
 @dataclass(frozen=True)
 class ClusterConfig:
     "How tracks are found in a spectrogram, and fitted."
@@ -257,7 +258,7 @@ def find_clusters(s: Spectrogram, config: ClusterConfig | None = None) -> Points
     place = np.stack([event * apart + k / c.time_radius, f / c.frequency_radius], 1)
     return Points(event, k, f, power, DBSCAN(eps=1.0, min_samples=c.min_points).fit_predict(place))
 
-# %% ../../nbs/cres/31_detect.ipynb #6a63221a
+# %% ../../nbs/cres/31_detect.ipynb #0a23e837
 class Lines(NamedTuple):
     "Straight lines through clusters, each field (m,)."
 
@@ -306,7 +307,7 @@ def fit_lines(
     return Lines(of, total(np.ones_like(w)), weight, start, last - first + step, centre - slope * (middle - start),
                  sigma, slope, np.sqrt(slope_variance))
 
-# %% ../../nbs/cres/31_detect.ipynb #7f55b502
+# %% ../../nbs/cres/31_detect.ipynb #2b02d92e
 REACH_HZ = 19.2e6
 "Largest distance of neighbouring lines: twice the highest axial frequency of the default trap, and a margin."
 
@@ -343,9 +344,11 @@ def electrons(
         found[name][has] = getattr(q, name)[first]
     return found
 
-# %% ../../nbs/cres/31_detect.ipynb #317fb18e
+# %% ../../nbs/cres/31_detect.ipynb #d2245f0b
 class LineTracks(Detector):
     "Threshold, DBSCAN and straight lines in a spectrogram; the energy from the start of the strongest line."
+
+    tail = 0.02
 
     def __init__(self, config: ClusterConfig | None = None, band_Hz: tuple[float, float] = BAND_HZ):
         self.config, self.band_Hz, self.shift = config or ClusterConfig(), band_Hz, None
@@ -384,7 +387,7 @@ class LineTracks(Detector):
             out.append(np.where(np.isfinite(energy), learnt + (energy if k == 0 else 0), none)[:, None])
         return out[0].clip(*self.shift["range"]), out[1]
 
-# %% ../../nbs/cres/31_detect.ipynb #1bf276e2
+# %% ../../nbs/cres/31_detect.ipynb #09d8eaae
 _STRIDE = 2  # points of the spectrum, an eighth of a bin each, from one carrier to the next
 _COARSE = (math.pi * _STRIDE / 16) ** 2 / 3  # largest part lost by that
 
@@ -399,8 +402,7 @@ def bank_cells(
 ) -> Tensor:  # (m, 4): first and last row of radius, first and last W as parts of its range at that radius
     "Cells of radius and pitch angle; a `ConfigError` if the carriers are too coarse for so high a match."
     if not 0 < minimal_match < 1 - 1.2 * _COARSE:
-        raise ConfigError(f"a minimal match between 0 and {1 - 1.2 * _COARSE:.2f}", f"{minimal_match:g}",
-                          row="minimal_match")
+        raise ConfigError(f"a number between 0 and {1 - 1.2 * _COARSE:.2f}", f"{minimal_match:g}", row="minimal_match")
     t, loss = ridge.table, (1 - minimal_match - _COARSE) / 2
     lines = [4 + ridge.main, 4 + ridge.side]
     size = t.values[..., lines].square().sum(2).mean(1).sqrt().cpu().numpy()
@@ -419,7 +421,7 @@ def bank_cells(
         out.append(np.stack([np.full(len(u) - 1, a), np.full(len(u) - 1, b), u[:-1], u[1:]], 1))
     return torch.tensor(np.concatenate(out), device=ridge.device)
 
-# %% ../../nbs/cres/31_detect.ipynb #8643271a
+# %% ../../nbs/cres/31_detect.ipynb #ab2c7def
 class Templates(NamedTuple):
     "What is known of m templates, each field (m,) float64; spacing and field at the middle of the energies."
 
@@ -448,7 +450,7 @@ def templates(
     main, side = (x[:, 4 + line].abs() * ridge.snr for line in (ridge.main, ridge.side))
     return Templates(x[:, 2], row * t.radius_step_m, x[:, 1], 2 * x[:, 0], main, side, (x[:, 3] * area).log())
 
-# %% ../../nbs/cres/31_detect.ipynb #d59c651f
+# %% ../../nbs/cres/31_detect.ipynb #61caa636
 _BLOCK = 32  # carriers of a stretch
 _MARGIN = 16  # points beyond the ends of the energies
 _PARTS, _LOUD, _CUT = 4, 30.0, 8.0  # of a cell looked at again; of what score; how far below the best
@@ -508,7 +510,7 @@ class MatchedFilter(Detector):
         mean, sigma = np.array(columns).swapaxes(0, 1).swapaxes(1, 2)
         return mean, sigma
 
-# %% ../../nbs/cres/31_detect.ipynb #caadfea0
+# %% ../../nbs/cres/31_detect.ipynb #6be2fd3f
 def _place(self: MatchedFilter, bank: Templates, k: Tensor, x: Tensor):
     "Points (m, X) of the sideband for carriers at points x; weights (m, 1); what is subtracted (m, X); energies."
     r = self.ridge
@@ -533,7 +535,7 @@ def _scan(self: MatchedFilter, A: Tensor) -> Tensor:  # (templates, blocks, n)
 
 MatchedFilter.place, MatchedFilter.scan = _place, _scan
 
-# %% ../../nbs/cres/31_detect.ipynb #d9c842c1
+# %% ../../nbs/cres/31_detect.ipynb #94a02717
 def _candidates(self: MatchedFilter, tops: Tensor, best: Tensor):
     "Cells and stretches that may hold the electron: template, first point, event, in pieces, quiet ones first."
     least = best - _CUT - torch.where(best > _LOUD, (1 - self.minimal_match) * best, 0)
@@ -548,7 +550,7 @@ def _candidates(self: MatchedFilter, tops: Tensor, best: Tensor):
             yield bank, number[i], event[k[i]], start[i, None] + grid
 
 def _weigh(self: MatchedFilter, A: Tensor, tops: Tensor, score: Tensor) -> tuple[Tensor, Tensor]:
-    "Best template (n, 3) of energy, pitch angle and radius; weight and first two moments (n, 5), from the middle."
+    "Best energy, pitch angle and radius (n, 3); weight, and first and second moments about the middle (n, 5)."
     n, middle = len(A), self.middle
     top = torch.full((n,), -torch.inf, device=A.device)
     best, sums = (torch.zeros(n, k, dtype=torch.float64, device=A.device) for k in (3, 5))
@@ -591,7 +593,7 @@ def bank_mean(
                    for names in (p.targets, [derived_name(k, "sigma") for k in p.targets]))
     return replace(p, mean=mean, sigma=sigma)
 
-# %% ../../nbs/cres/31_detect.ipynb #22ae2a1f
+# %% ../../nbs/cres/31_detect.ipynb #0c9d081b
 def wilson(
     found,  # array of the number of events that were found; fractions of events are allowed
     events,  # array of the number of all
@@ -634,7 +636,7 @@ def efficiency_map(
     with np.errstate(invalid="ignore", divide="ignore"):
         return EfficiencyMap(k / n, *wilson(k, n), n, *edges)
 
-# %% ../../nbs/cres/31_detect.ipynb #3ad44035
+# %% ../../nbs/cres/31_detect.ipynb #2218a6eb
 def plot_efficiency(
     maps: Mapping[str, EfficiencyMap],  # title -> map, all with the same edges
 ):  # a Figure

@@ -318,7 +318,7 @@ def demo(args: Namespace) -> None:
     print("4/4  Infer the energies of a file")
     infer(Namespace(run=os.fspath(run), files=[os.fspath(store)], out=os.fspath(table), overwrite=True, noise="auto",
                     refine=False, simulation=None,
-                    batch_size=256, track=False, window=None, stride=None, loss="larmor"))
+                    batch_size=256, track=False, window=None, stride=None, loss="larmor", full=None))
     found = read_columns(table)
     print_pairs("Truth beside result, the five surest events", demo_rows(found))
     write_json(out / "demo.json", {"seconds": time.perf_counter() - start, "events": len(found["energy_eV"])})

@@ -16,6 +16,8 @@ from deadlayer_cres.deadlayer.answer import (
     consensus,
     disjoint,
     from_likelihood,
+    from_loop,
+    from_network,
     sentences,
     write_answer,
 )
@@ -140,3 +142,19 @@ def test_answer_is_written_whole(tmp_path):
     assert found["verdict"] == "disagree" and found["fccd_in_mm"]["value"] == pytest.approx(a.fccd.value)
     assert len(found["estimates"]) == 4 and found["facts"] == {"spectrum": "x.h5"}
     assert (tmp_path / "out/figures/answer.png").stat().st_size > 5000
+
+
+SUMMARY = {"fccd_in_mm": {"median": 1.0, "mean": 1.001, "sigma": 0.01, "68": [0.99, 1.02], "90": [0.98, 1.03]},
+           "dlf": {"median": 0.05, "68": [0.03, 0.08], "90": [0.02, 0.1]}}
+
+
+def test_network_and_loop_are_one_estimate():
+    network = from_network(SUMMARY, described=False)
+    assert (network.fccd_in_mm, network.fccd_interval_mm, network.dlf) == (1.0, (0.99, 1.02), 0.05)
+    ended = type("Loop", (), {"fccd_in_mm": 1.1, "dlf": 0.01, "balanced": False})()
+    loop = from_loop(ended, SUMMARY)
+    assert loop.fccd_interval_mm == pytest.approx((1.09, 1.12)) and loop.dlf_interval == pytest.approx((0.0, 0.04))
+    assert not loop.counts and "without balance" in loop.note
+    assert combine([network, loop]).fccd.value == 1.0
+    alone = from_loop(ended, {"fccd_in_mm": SUMMARY["fccd_in_mm"]})
+    assert alone.dlf is None and from_network({"fccd_in_mm": SUMMARY["fccd_in_mm"]}).dlf is None

@@ -488,7 +488,8 @@ def test_tracks_through_a_network_and_the_likelihood(tmp_path, long_run):
     alone = inf.refine_tracks(strong_refiner, tracks)
     assert all(np.allclose(first.tracks[k], alone[k]) for k in alone)
     assert np.allclose(read_columns(tmp_path / "out.csv")["refined_energy_eV"], alone["refined_energy_eV"], atol=1e-4)
-    assert [t.get_text() for t in inf.plot_track(first).axes[0].get_legend().get_texts()][-1] == "likelihood of the track"
+    legend = inf.plot_track(first).axes[0].get_legend().get_texts()
+    assert legend[-1].get_text() == "likelihood of the track"
 
 
 def test_tracks_too_short_to_refine_are_named():

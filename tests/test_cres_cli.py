@@ -312,7 +312,7 @@ def test_infer_tracks(capfd, run):
     (["run", "a", "--out", "x.csv", "--track", "--loss", "some"], ["--loss"]),
     (["run", "a", "--out", "x.csv", "--track", "--window", "5000"], ["5000"]),
     (["run", "a", "--out", "x.csv", "--simulation", "s.yaml"], ["--refine"]),
-    (["run", "a", "--out", "x.csv", "--refine", "--track"], ["--track"]),
+    (["run", "a", "--out", "x.csv", "--track", "--simulation", "s.yaml"], ["--refine"]),
     (["run", "a", "--out", "x.csv", "--refine", "--simulation", "s.yaml"], ["s.yaml"]),
     (["run", "a", "--out", "x.csv", "--noise", "cav"], ["cav"])])
 def test_infer_refuses_bad_input(capfd, run, options, words):

@@ -443,3 +443,57 @@ def test_stores_are_read_in_blocks(tmp_path, trained, events, monkeypatch):
     monkeypatch.setattr(EventStore, "read", lambda self, *a, **k: sizes.append(len(e := read(self, *a, **k))) or e)
     inf.infer_files(trained, tmp_path / "store", tmp_path / "out.csv", batch_size=6)
     assert sizes == [6, 6, 6, 5]
+
+
+# --- whole tracks by their likelihood ---
+
+
+STRONG = SimulateConfig(receiver=ReceiverConfig(samples=16_384, amplitude_V=0.03))
+
+
+def strong_refiner(samples):
+    from deadlayer_cres.cres.refine import Refiner
+
+    return Refiner(replace(STRONG, receiver=replace(STRONG.receiver, samples=samples)))
+
+
+def test_whole_tracks_are_refined_wherever_they_lie():
+    "A track in the middle of its record gives the same posterior as one that fills its record."
+    tracks = simulate_events(6, STRONG, noise="added")
+    plain = inf.refine_tracks(strong_refiner, tracks)
+    error = plain["refined_energy_eV"] - tracks.columns["energy_eV"]
+    z = error / plain["refined_energy_sigma_eV"]
+    assert np.sqrt((z**2).mean()) < 2 and plain["refined_energy_sigma_eV"].min() < 0.5
+    around = np.random.default_rng(0).normal(0, 0.0471, (6, 2, 20_000)).astype("float32")
+    around[:, :, 1500:1500 + 16_384] = tracks.ts
+    columns = tracks.columns | {"start_time_s": np.full(6, 1500 / 403e6), "track_length_s": np.full(6, 16_384 / 403e6)}
+    moved = inf.refine_tracks(strong_refiner, replace(tracks, ts=around, columns=columns))
+    assert all(np.array_equal(moved[k], plain[k]) for k in plain)
+
+
+def test_tracks_of_different_lengths_keep_their_order():
+    tracks = simulate_events(4, STRONG, noise="added")
+    length = np.array([16_384, 8192, 16_384, 8192])
+    parts = inf.refine_tracks(strong_refiner, replace(tracks, columns={"track_length_s": length / 403e6}))
+    for n in (8192, 16_384):
+        rows = np.flatnonzero(length == n)
+        alone = inf.refine_tracks(strong_refiner, replace(tracks[rows], ts=tracks.ts[rows][:, :, :n], columns={}))
+        assert np.allclose(parts["refined_energy_eV"][rows], alone["refined_energy_eV"], rtol=0, atol=1e-3)
+
+
+def test_tracks_through_a_network_and_the_likelihood(tmp_path, long_run):
+    tracks = simulate_events(3, STRONG, noise="added")
+    write_store(tracks, tmp_path / "tracks.h5")
+    _, first = inf.infer_track_files(long_run.path, tmp_path / "tracks.h5", tmp_path / "out.csv", refine=STRONG)
+    alone = inf.refine_tracks(strong_refiner, tracks)
+    assert all(np.allclose(first.tracks[k], alone[k]) for k in alone)
+    assert np.allclose(read_columns(tmp_path / "out.csv")["refined_energy_eV"], alone["refined_energy_eV"], atol=1e-4)
+    legend = inf.plot_track(first).axes[0].get_legend().get_texts()
+    assert legend[-1].get_text() == "likelihood of the track"
+
+
+def test_tracks_too_short_to_refine_are_named():
+    tracks = simulate_events(2, STRONG, noise="added")
+    columns = {"start_time_s": np.array([0, 16_000 / 403e6])}
+    with pytest.raises(DataError, match="1024 samples.*384"):
+        inf.refine_tracks(strong_refiner, replace(tracks, columns=columns))

@@ -4,8 +4,9 @@
 
 # %% auto #0
 __all__ = ['Trained', 'outside_range', 'find_files', 'open_events', 'InferSummary', 'open_stores', 'label_names', 'infer_files',
-           'refiner_for', 'energy_after', 'combine_windows', 'fit_loss', 'TrackResult', 'infer_track', 'pipeline_for',
-           'combine_tracks', 'at_start', 'windows_name', 'infer_track_files', 'plot_track', 'plot_windows']
+           'refiner_for', 'energy_after', 'combine_windows', 'fit_loss', 'TrackResult', 'infer_track', 'refine_tracks',
+           'pipeline_for', 'combine_tracks', 'at_start', 'windows_name', 'infer_track_files', 'plot_track',
+           'plot_windows']
 
 # %% ../../nbs/cres/28_infer.ipynb #6f62d06c
 import contextlib
@@ -15,6 +16,7 @@ import os
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -246,6 +248,7 @@ def _as_seen(pipeline, block: Events, mode: str, samples: int, first: int) -> to
 def refiner_for(
     trained: Trained,
     simulation: bool | SimulateConfig = True,  # trap, receiver and priors of the events; True: those of the training
+    samples: int | None = None,  # of a record; None: as in the training
 ):  # a `cres.refine.Refiner`
     "What refines the answers of a run; a `ConfigError` if it was not trained on simulated events and none are given."
     from deadlayer_cres.cres.refine import Refiner
@@ -261,7 +264,7 @@ def refiner_for(
             raise ConfigError(f"{name} = {getattr(data, name):g}, as in the training", f"{getattr(r, name):g}",
                               row=f"receiver.{name}")
     device = next(trained.pipeline.net.parameters()).device
-    return Refiner(Simulator(replace(config, receiver=replace(r, samples=data.samples)), device=device))
+    return Refiner(Simulator(replace(config, receiver=replace(r, samples=samples or data.samples)), device=device))
 
 # %% ../../nbs/cres/28_infer.ipynb #a26b2293
 def energy_after(
@@ -329,6 +332,7 @@ def infer_track(
     noise: str = "auto",  # see `infer_files`
     batch_size: int = 256,
     full: str | os.PathLike | Trained | None = None,  # a run that takes whole tracks, to stand beside as `full_...`
+    refine: bool | SimulateConfig = False,  # also fit whole tracks by their likelihood, as `refined_...`
     device: torch.device | str | None = None,
 ) -> TrackResult:
     "Infer tracks window by window, and their windows combined; energies of tracks are those at their start."
@@ -353,7 +357,53 @@ def infer_track(
     result = combine_tracks(windows, events, pipeline.net.targets, window, stride, loss, _field_T(trained.config))
     if full is not None:
         result.tracks |= _full_tracks(full if isinstance(full, Trained) else Trained.open(full, device), events, noisy)
+    if refine:
+        result.tracks |= refine_tracks(partial(refiner_for, trained, refine), events, noisy)
     return result
+
+# %% ../../nbs/cres/28_infer.ipynb #f9af8770
+def refine_tracks(
+    refiner_of: Callable,  # gives the `cres.refine.Refiner` of records of so many samples
+    events: Events,  # full tracks, one in each event
+    noisy: Callable[[slice], Events] | None = None,  # gives a slice of them with noise; None: they have it
+) -> dict[str, np.ndarray]:  # columns `refined_...`, (n,)
+    """Exact posteriors of whole tracks: mean and standard deviation of energy, pitch angle and radius.
+
+    Tracks begin and end as `start_time_s` and `track_length_s` say, where known. `refined_single_mode` is 1 if the
+    posterior has one narrow mode; `refined_p_value` is the probability that a track of this kind fits worse; without a
+    signal (`refined_log_evidence` below 0) the values are those of the priors.
+    """
+    ends, rows = np.array(_track_ends(events)), [None] * len(events)
+    length, names = ends[:, 1] - ends[:, 0], ("energy_eV", "pitch_angle_deg", "radius_m")
+    parts = [(n, k) for n, count in zip(*np.unique(length, return_counts=True), strict=True)
+             for k in np.array_split(np.flatnonzero(length == n), -(-count // max(1, 2**20 // n)))]
+    refiner, samples = None, 0
+    for n, k in progress(parts, "likelihood", unit="block"):
+        if n != samples:
+            refiner, samples = refiner_of(samples=int(n)), n
+        blocks = [events[slice(j, j + 1)] if noisy is None else noisy(slice(j, j + 1)) for j in k]
+        ts = np.concatenate([b.ts[:, :, slice(*ends[j])] for j, b in zip(k, blocks, strict=True)])
+        p = refiner.posterior(torch.from_numpy(ts).to(refiner.ridge.device), (0.5,), 1)
+        for i, j in enumerate(k):
+            rows[j] = {name: float(p["mean"][i, c]) for c, name in enumerate(names)}
+            rows[j] |= {derived_name(name, "sigma"): float(p["sigma"][i, c]) for c, name in enumerate(names)}
+            rows[j] |= {name: float(p[name][i]) for name in ("single_mode", "log_evidence", "p_value")}
+    return {f"refined_{name}": np.array([r[name] for r in rows]) for name in rows[0]}
+
+def _track_ends(events: Events, least: int = 1024) -> list[tuple[int, int]]:  # first sample and the one after the last
+    "Where in its record each track lies; a `DataError` for those shorter than `least`."
+    n, samples, rate = len(events), events.samples, events.sampling_rate_Hz
+    start = np.nan_to_num(events.columns.get("start_time_s", np.zeros(n))) * rate
+    length = events.columns.get("track_length_s", np.full(n, np.nan)) * rate
+    length = np.where(np.isfinite(length), length, np.inf)
+    begin = np.clip(np.ceil(start - 1e-6), 0, samples).astype(int)
+    end = np.floor(np.minimum(start + length, samples) + 1e-6).astype(int)
+    short = end - begin < least
+    if short.any():
+        k = int(short.argmax())
+        raise DataError(f"tracks of at least {least} samples", f"{max(0, end[k] - begin[k])}", row=k,
+                        remedy="leave these tracks out")
+    return list(zip(begin.tolist(), end.tolist(), strict=True))
 
 # %% ../../nbs/cres/28_infer.ipynb #46c8ce73
 def _full_tracks(trained: Trained, events: Events, noisy: Callable[[slice], Events]) -> dict[str, np.ndarray]:
@@ -478,6 +528,7 @@ def infer_track_files(
     noise: str = "auto",
     overwrite: bool = False,  # replace existing tables
     full: str | os.PathLike | Trained | None = None,
+    refine: bool | SimulateConfig = False,
     device: torch.device | str | None = None,
 ) -> tuple[InferSummary, TrackResult]:  # what was done; the first tracks
     "Infer all tracks of files window by window; writes `out` and the table of windows beside it, or nothing."
@@ -496,7 +547,7 @@ def infer_track_files(
             events = open_events(path, need) if events is None else events
             for start, block in _track_blocks(events, noise):
                 with about(path):
-                    result = infer_track(trained, block, window, stride, loss, noise, full=full)
+                    result = infer_track(trained, block, window, stride, loss, noise, full=full, refine=refine)
                 known, unknown = result.tracks, np.full(len(result), np.nan)
                 result.tracks = {k: v for k, v in known.items() if not k.startswith("true_")} | {
                     k: known.get(k, unknown) for k in (f"true_{name}" for name in labels)}
@@ -541,9 +592,10 @@ def plot_track(
                        if error > 0 else "combined")
             if f"true_{name}" in result.tracks:
                 ax.axhline(result.tracks[f"true_{name}"][k], color="k", linestyle="--", linewidth=0.8, label="truth")
-            if f"full_{name}" in result.tracks:
-                full = [result.tracks[f"full_{x}"][[k]] for x in (name, sigma)]
-                ax.errorbar([t.mean()], *full, fmt="s", color=COLOURS[2], label="full track at once")
+            for j, (kind, label) in enumerate((("full", "full track at once"), ("refined", "likelihood of the track"))):
+                if f"{kind}_{name}" in result.tracks:
+                    whole = [result.tracks[f"{kind}_{x}"][[k]] for x in (name, sigma)]
+                    ax.errorbar([t.mean() * (1 + 0.1 * j)], *whole, fmt="sD"[j], color=COLOURS[2 + j], label=label)
             ax.set(xlabel="middle of the window after the start [µs]", ylabel=axis_label(name))
             ax.ticklabel_format(axis="y", useOffset=False)
             ax.margins(y=0.4)

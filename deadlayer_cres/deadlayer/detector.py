@@ -12,7 +12,7 @@ __all__ = ['MATERIALS', 'HC_KEV_ANGSTROM', 'LEVELS_KEV', 'CAPTURE', 'TRANSITIONS
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #b47acc18
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
 from os import PathLike
 from pathlib import Path
 
@@ -486,7 +486,12 @@ class CrossSections:
 
     def total(self, energy_keV) -> np.ndarray:
         "Sum of the three coefficients (1/mm)."
-        return sum(self(energy_keV))
+        return np.exp(np.interp(np.log(energy_keV), *self._total))
+
+    @cached_property
+    def _total(self) -> tuple[np.ndarray, np.ndarray]:
+        "Logarithms of energy and sum."
+        return np.log(self.energy_keV), np.log(self.photo + self.compton + self.rayleigh)
 
     def transmission(self, energy_keV, thickness_mm) -> np.ndarray:
         "Share of photons that cross `thickness_mm` without any interaction."
@@ -592,28 +597,41 @@ def linear_activeness(
 # %% ../../nbs/deadlayer/10_detector.ipynb #4b3a945f
 def exponential_linear_activeness(
     depth_mm,  # depth under the n+ surface in mm, array or tensor; NaN counts as active
-    fccd_in_mm: float,  # full charge collection depth F in mm, >= 0
-    alpha_in_mm: float,  # inverse slope of the linear part in mm, between beta * (1 - exp(-F / beta)) and F
-    beta_in_mm: float,  # length of the exponential rise in mm, >= 0
-):  # share of the energy that is collected, 0 to 1
+    fccd_in_mm,  # full charge collection depth F in mm, >= 0; number or array that broadcasts with the depth
+    alpha_in_mm,  # inverse slope of the linear part in mm, between beta * (1 - exp(-F / beta)) and F; likewise
+    beta_in_mm,  # length of the exponential rise in mm, >= 0; likewise
+):  # share of the energy that is collected, 0 to 1, in the broadcast shape
     "Exponential rise that turns smoothly into a line, the definition of reboost's exponential-linear model."
-    f, a, b = float(fccd_in_mm), float(alpha_in_mm), float(beta_in_mm)
+    f, a, b = np.broadcast_arrays(*(np.asarray(v, np.float64) for v in (fccd_in_mm, alpha_in_mm, beta_in_mm)))
     for name, value in (("fccd_in_mm", f), ("alpha_in_mm", a), ("beta_in_mm", b)):
         _check(name, value, 0)
-    smallest = b * -np.expm1(-f / b) if b else 0.0
-    if not smallest <= a * (1 + 1e-12) <= f * (1 + 1e-9):
-        raise ConfigError(f"alpha_in_mm between beta (1 - exp(-FCCD/beta)) = {smallest:.4g} and FCCD = {f:g}", f"{a:g}",
-                          row="alpha_in_mm")
-    if b == 0 or a == 0 or (f - a) / b > 600:
-        return linear_activeness(depth_mm, f, max(1 - a / f, 0.0) if f else 0.0)
-    c = 1 + (f - a) / b
+    smallest = b * -np.expm1(-f / np.where(b > 0, b, 1))
+    if (bad := ~((smallest <= a * (1 + 1e-12)) & (a <= f * (1 + 1e-9)))).any():
+        raise ConfigError(f"alpha_in_mm between beta (1 - exp(-FCCD/beta)) = {smallest[bad][0]:.4g} and "
+                          f"FCCD = {f[bad][0]:g}", f"{a[bad][0]:g}", row="alpha_in_mm")
+    straight = (b == 0) | (a == 0) | (f - a > 600 * b)
+    line = linear_activeness(depth_mm, f, np.clip(1 - a / np.where(f > 0, f, 1), 0, 1) * (f > 0))
+    if straight.all():
+        return line
+    a, b = np.where(straight, 1.0, a), np.where(straight, 1.0, b)
+    c = 1 + np.where(straight, 0.0, f - a) / b
     turn = b * (c + lambertw(-np.exp(-c)).real)
-    is_tensor = torch.is_tensor(depth_mm)
-    depth_mm = depth_mm if is_tensor else np.asarray(depth_mm, np.float64)
-    low = depth_mm.clip(0, turn)
-    rise = b / a * ((low - turn) / b).exp() if is_tensor else b / a * np.exp((low - turn) / b)
-    curve = _where(depth_mm < turn, rise - b / a * np.exp(-turn / b), 1 + (depth_mm - f) / a)
+    return _where_straight(straight, line, _exponential_then_line(depth_mm, f, a, b, turn))
+
+def _exponential_then_line(depth_mm, f, a, b, turn):
+    "The exponential-linear curve that turns from one into the other at the depth `turn`."
+    if torch.is_tensor(depth_mm):
+        f, a, b, turn = (torch.as_tensor(v, dtype=depth_mm.dtype, device=depth_mm.device) for v in (f, a, b, turn))
+        exp, low = torch.exp, torch.minimum(depth_mm.clip(min=0), turn)
+    else:
+        depth_mm = np.asarray(depth_mm, np.float64)
+        exp, low = np.exp, np.minimum(depth_mm.clip(0), turn)
+    curve = _where(depth_mm < turn, b / a * (exp((low - turn) / b) - exp(-turn / b)), 1 + (depth_mm - f) / a)
     return _where((depth_mm > f) | (depth_mm != depth_mm), 1.0, curve)
+
+def _where_straight(straight: np.ndarray, line, curve):
+    "`line` where the model is linear, else `curve`."
+    return _where(torch.as_tensor(straight, device=curve.device) if torch.is_tensor(curve) else straight, line, curve)
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #d9866995
 def fwhm_keV(

@@ -276,38 +276,58 @@ class Geometry:
         self.materials = [*dict.fromkeys(s.material for s in solids if s.material != "vacuum"), "vacuum"]
         names = [s.material for s in solids] + ["vacuum"]  # the last one: outside of all
         self.material = np.array([self.materials.index(m) for m in names])
+        hulls = [k for k, s in enumerate(solids) if k > 4 and all(_within(inner, s) for inner in solids[:k])]
+        self.hull = max(hulls, default=-1)  # holds all solids before it: who misses it, misses them
 
-    def pieces(self, photons: Photons) -> tuple[np.ndarray, np.ndarray]:  # (n, pieces) mm; (n, pieces) material
-        "Path lengths at which the pieces of each photon's line begin, and what fills them up to the next one."
-        ends = np.empty((len(photons), 2 * len(self.solids)))
-        for k, solid in enumerate(self.solids):
+    def pieces(self, photons: Photons, skip: int) -> tuple[np.ndarray, np.ndarray]:  # (n, pieces) mm; (n, pieces)
+        "Path lengths at which the pieces of each line begin, and the material up to the next; without `skip` solids."
+        solids = self.solids[skip:]
+        ends = np.empty((len(photons), 2 * len(solids)))
+        for k, solid in enumerate(solids):
             start, end = solid.crossings(photons.position_mm, photons.direction)
             ends[:, 2 * k], ends[:, 2 * k + 1] = np.where(end > start, (start, end), 0)
         np.maximum(ends, 0, out=ends)
         order = np.argsort(ends, axis=1)
         held = np.bitwise_xor.accumulate(np.left_shift(1, order >> 1), axis=1)
         first = np.frexp((held & -held).astype(np.float64))[1] - 1  # the lowest bit that is set; -1 without any
-        return np.take_along_axis(ends, order, 1), self.material[first]
+        return np.take_along_axis(ends, order, 1), self.material[skip:][first]
+
+def _within(inner: Cone | Box, hull: Cone | Box) -> bool:
+    "True if one cone lies inside the other as far as their cylindrical bounds tell."
+    if not (isinstance(inner, Cone) and isinstance(hull, Cone)):
+        return False
+    return (hull.z_low <= inner.z_low and inner.z_high <= hull.z_high
+            and max(inner.r_low, inner.r_high) <= min(hull.r_low, hull.r_high))
 
 # %% ../../nbs/deadlayer/11_simulate.ipynb #27a03090
 def fly(
-    photons: Photons,  # moved in place to where they interact
+    photons: Photons,
     geometry: Geometry,
     rng: np.random.Generator,
-) -> tuple[Photons, np.ndarray]:  # those that interact; (n,) material
+) -> tuple[Photons, np.ndarray]:  # those that interact, where they do; (n,) material
     "Let photons fly to their next interaction."
+    if geometry.hull < 0:
+        return _fly(photons, geometry, 0, rng)
+    start, end = geometry.solids[geometry.hull].crossings(photons.position_mm, photons.direction)
+    meets = end > np.maximum(start, 0)
+    parts = [_fly(photons[meets], geometry, 0, rng), _fly(photons[~meets], geometry, geometry.hull + 1, rng)]
+    (a, b), material = (p[0] for p in parts), np.concatenate([p[1] for p in parts])
+    return Photons(np.concatenate([a.event, b.event]), np.concatenate([a.energy_keV, b.energy_keV]),
+                   np.concatenate([a.position_mm, b.position_mm], 1), np.concatenate([a.direction, b.direction], 1)), material
+
+def _fly(photons: Photons, geometry: Geometry, skip: int, rng: np.random.Generator) -> tuple[Photons, np.ndarray]:
+    "As `fly`, without the first `skip` solids."
     mu = np.zeros((len(photons), len(geometry.materials)))
     for k, name in enumerate(geometry.materials[:-1]):
         mu[:, k] = cross_sections(name).total(photons.energy_keV)
-    start, material = geometry.pieces(photons)
+    start, material = geometry.pieces(photons, skip)
     mu = np.take_along_axis(mu, material, 1)
     depth = np.cumsum(mu[:, :-1] * np.diff(start, axis=1), axis=1)
     tau = rng.standard_exponential(len(photons))
-    at = np.minimum((depth < tau[:, None]).sum(1), depth.shape[1] - 1)
-    row = np.arange(len(photons))
     there = depth[:, -1] >= tau
-    row, at = row[there], at[there]
-    path = start[row, at + 1] - (depth[row, at] - tau[there]) / mu[row, at]
+    row = np.flatnonzero(there)
+    at = np.argmax(depth[row] >= tau[row, None], axis=1)
+    path = start[row, at + 1] - (depth[row, at] - tau[row]) / mu[row, at]
     photons = photons[there]
     photons.position_mm += photons.direction * path
     return photons, material[row, at]
@@ -667,15 +687,15 @@ def _linear_share(depth_mm: np.ndarray, fccd_in_mm: np.ndarray, dlf: np.ndarray)
         return np.clip((depth_mm - fccd_in_mm * dlf) * steep, 0, 1)
 
 def _count(energy: np.ndarray, noise: np.ndarray, fwhm: Callable | None, edges: np.ndarray, threshold: float) -> np.ndarray:
-    "Histogram each row of energies (rows, decays); those of 0 are not seen."
-    row, column = np.nonzero(energy > 0)
-    energy = energy[row, column]
-    if fwhm is not None:
-        energy = energy + noise[column] * fwhm(energy) / np.sqrt(8 * np.log(2))
+    "Histograms, end to end, of the rows of energies (rows, decays); those of 0 are not seen."
     bins, low, high = len(edges) - 1, edges[0], edges[-1]
-    row = row[kept := (energy >= max(threshold, low)) & (energy <= high)]
-    place = np.minimum(((energy[kept] - low) * (bins / (high - low))).astype(np.int64), bins - 1)
-    return np.bincount(row * bins + place, minlength=(row.max(initial=-1) + 1) * bins)
+    seen, measured = energy > 0, energy
+    if fwhm is not None:
+        measured = energy + noise * (fwhm(energy) / np.sqrt(8 * np.log(2)))
+    seen &= (measured >= max(threshold, low)) & (measured <= high)
+    place = ((measured - low) * (bins / (high - low))).astype(np.int64)
+    place = np.where(seen, np.minimum(place, bins - 1), bins) + (bins + 1) * np.arange(len(energy))[:, None]
+    return np.bincount(place.ravel(), minlength=len(energy) * (bins + 1)).reshape(-1, bins + 1)[:, :bins]
 
 # %% ../../nbs/deadlayer/11_simulate.ipynb #06b18f61
 def grid_spectra(
@@ -699,7 +719,7 @@ def grid_spectra(
     noise = numpy_rng(seed, "resolution").standard_normal(hits.events)
     s = _sort_out(hits, fccd.max(initial=0.0), noise)
     counts = np.zeros((len(fccd), len(edges) - 1), np.int64)
-    counts += _count(s.whole_keV[None], s.whole_noise, fwhm, edges, threshold_keV).reshape(-1, len(edges) - 1)[:1].sum(0)
+    counts += _count(s.whole_keV[None], s.whole_noise, fwhm, edges, threshold_keV)
     rows = min(len(fccd), 128)
     step = max(CELLS // max(rows, 1), 64)
     first = np.unique(np.searchsorted(s.start, np.arange(0, len(s.edep_keV), step), side="right") - 1)
@@ -708,8 +728,7 @@ def grid_spectra(
         for k in range(0, len(fccd), rows):
             collected = share(s.depth_mm[None, part], fccd[k:k + rows, None], dead[k:k + rows, None]) * s.edep_keV[part]
             energy = np.add.reduceat(collected, starts, axis=1) + s.base_keV[a:b]
-            found = _count(energy, s.noise[a:b], fwhm, edges, threshold_keV)
-            counts[k:k + rows].reshape(-1)[:len(found)] += found
+            counts[k:k + rows] += _count(energy, s.noise[a:b], fwhm, edges, threshold_keV)
     return counts
 
 # %% ../../nbs/deadlayer/11_simulate.ipynb #b9dd130b

@@ -364,7 +364,8 @@ class Setup:
     endcap_radius_mm: float = 50.8
     wrap_thickness_mm: float = 1.0  # polyethylene around the crystal
     source_foil_mm: float = 0.25  # polyethylene above the source (half of a 0.5 mm foil)
-    source_radius_mm: float = 0.0  # of the active disc, 0.1 mm thick if there are surroundings; 0: a point
+    source_radius_mm: float = 0.0  # of the active disc, 0.1 mm thick; 0: a point
+    conversion_xrays: bool = True  # K X-rays also after internal conversion; the published simulation has none
     surroundings: Surroundings | None = None  # None: only what lies between source and crystal
 
     def __post_init__(self):
@@ -463,10 +464,14 @@ def _empty(solid: Cone | Box) -> bool:
     return any(high <= low for low, high in zip(solid.low, solid.high, strict=True))
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #983c890d
-def bench_setup(crystal: Crystal | None = None, **kwargs) -> Setup:
-    "The test bench with all `Surroundings`; other arguments are those of `Setup`."
+def bench_setup(
+    crystal: Crystal | None = None,  # None: the stand-in for V05268A
+    **kwargs,  # of `Setup`
+) -> Setup:
+    "A crystal on the test bench with all `Surroundings`."
     place = {"source_to_endcap_mm": 78.5, "endcap_to_crystal_mm": 8.0, "source_radius_mm": 2.5}
-    return Setup(crystal or Crystal(), **({**place, "surroundings": Surroundings()} | kwargs))
+    crystal = crystal or Crystal(radius_mm=38.2, height_mm=91.4)
+    return Setup(crystal, **({**place, "surroundings": Surroundings()} | kwargs))
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #8a805af2
 @dataclass(frozen=True, eq=False)

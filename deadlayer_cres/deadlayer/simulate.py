@@ -69,6 +69,7 @@ def _pick(rng: np.random.Generator, n: int, weights: Sequence[float]) -> np.ndar
 def sample_decays(
     n: int,  # number of decays
     rng: np.random.Generator,
+    conversion_xrays: bool = True,  # K X-rays also after internal conversion
 ) -> tuple[np.ndarray, np.ndarray]:  # (photons,) index of the decay; (photons,) energy in keV
     "Photons of `n` Ba-133 decays: the gamma cascade with conversion, and the K X-rays of caesium. Not sorted by decay."
     capture = _pick(rng, n, [p for _, p, _ in CAPTURE])
@@ -84,7 +85,7 @@ def sample_decays(
         events.append(here[u < 1])
         energies.append(np.array([t.energy_keV for t in steps])[step[u < 1]])
         vacancies.append(here[(u >= 1) & (u < 1 + np.array([t.alpha_k for t in steps])[step])])
-    vacancy = np.concatenate(vacancies)
+    vacancy = np.concatenate(vacancies if conversion_xrays else vacancies[:1])
     xray = vacancy[rng.random(len(vacancy)) < CS_K_YIELD]
     lines = np.array([e for e, _ in CS_K_LINES])[_pick(rng, len(xray), [w for _, w in CS_K_LINES])]
     return np.concatenate([*events, xray]), np.concatenate([*energies, lines])
@@ -588,10 +589,11 @@ def simulate_hits(
 
 def _one_block(n: int, setup: Setup, rng: np.random.Generator) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     "Hits of `n` decays, by the fast path where that is exact enough, else through all solids."
+    emitted = sample_decays(n, rng, setup.conversion_xrays)
     if setup.surroundings is None and setup.crystal.plain and not setup.source_radius_mm:
-        photons = cross_layers(emit(*sample_decays(n, rng), setup, rng), setup, rng)
+        photons = cross_layers(emit(*emitted, setup, rng), setup, rng)
         return transport(enter(photons, setup.crystal), setup.crystal, rng)
-    return track(emit_around(*sample_decays(n, rng), setup, rng), Geometry(volumes(setup)), rng)
+    return track(emit_around(*emitted, setup, rng), Geometry(volumes(setup)), rng)
 
 # %% ../../nbs/deadlayer/11_simulate.ipynb #bca71a53
 def measured_energies(

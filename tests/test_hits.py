@@ -259,9 +259,9 @@ def test_command_line_makes_a_store_of_hits(tmp_path, hits, capsys):
 
 
 def test_command_line_takes_other_geometries(tmp_path, capsys):
-    from test_surroundings import meta
-
     import json
+
+    from test_surroundings import meta
 
     (tmp_path / "v.json").write_text(json.dumps(meta()))
     (tmp_path / "s.yaml").write_text("source_to_endcap_mm: 60\ncrystal: {radius_mm: 35}\nsurroundings: {castle_top_mm: 0}\n")

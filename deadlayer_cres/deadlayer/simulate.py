@@ -722,6 +722,8 @@ def grid_spectra(
     s = _sort_out(hits, fccd.max(initial=0.0), noise)
     counts = np.zeros((len(fccd), len(edges) - 1), np.int64)
     counts += _count(s.whole_keV[None], s.whole_noise, fwhm, edges, threshold_keV)
+    if not len(s.edep_keV):
+        return counts
     rows = min(len(fccd), 128)
     step = max(CELLS // max(rows, 1), 64)
     first = np.unique(np.searchsorted(s.start, np.arange(0, len(s.edep_keV), step), side="right") - 1)

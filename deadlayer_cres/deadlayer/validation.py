@@ -104,10 +104,11 @@ def compare(
         ratio, error = scale * x / y, scale * np.abs(x / y) * np.sqrt(vx / x**2 + vy / y**2)
         pairs = [(n, x[p] / x[q], y[p] / y[q]) for n, p, q in known]
         extra = [np.sqrt(sum(v[k] / t[k]**2 for k in (p, q) for t, v in ((x, vx), (y, vy)))) for _, p, q in known]
-    relative = np.array([r / s for _, r, s in pairs])
+        relative = np.array([r / s for _, r, s in pairs])
+        spread = np.abs(relative) * extra
     return Comparison(names + [n for n, *_ in pairs], np.concatenate([scale * x, [r for _, r, _ in pairs]]),
                       np.concatenate([y, [s for *_, s in pairs]]), np.concatenate([ratio, relative]),
-                      np.concatenate([error, np.abs(relative) * extra]), float(scale))
+                      np.concatenate([error, spread]), float(scale))
 
 # %% ../../nbs/deadlayer/20_validation.ipynb #9b6f6664
 def nearest(spectra: Spectra, fccd_in_mm: float, dlf: float) -> Spectra:  # one spectrum

@@ -1,10 +1,11 @@
 """Compares the simulation with the published one and with the measurement, and times it. Writes
 bench/results/deadlayer_simulate.json.
 
-    python bench/bench_deadlayer_simulate.py [--decays 10_000_000] [--processes 2] [--hits FILE ...] [--more_hits FILE ...]
+    python bench/bench_deadlayer_simulate.py [--decays 10_000_000] [--processes 2] [--hits FILE ...]
+        [--more_hits FILE ...]
 
-The published files are `V05268A` in $DEADLAYER_CRES_DATA or ../shared/data. Hits are simulated on the bench with all its surroundings,
-twice: without X-rays after internal conversion, as in the published simulation, and with them, as in nature, for the
+The published files are `V05268A` in $DEADLAYER_CRES_DATA or ../shared/data. Hits are simulated on the bench
+with all its surroundings, twice: without X-rays after internal conversion, as in the published simulation, and with them, as in nature, for the
 measurement (a third of the decays). Hits saved earlier by `save_hits` can be given instead: --hits without, --more_hits
 with these X-rays.
 """
@@ -92,7 +93,8 @@ def main():
         print("the published spectra are not here: set DEADLAYER_CRES_DATA")
         return
     result = {"machine": about("xraylib"), "seed": args.seed, "speed": speed(args.processes, 400_000)}
-    hits = concatenate_hits(map(load_hits, args.hits)) if args.hits else run(args.decays, args.processes, False, args.seed)[0]
+    hits = (concatenate_hits(map(load_hits, args.hits)) if args.hits
+            else run(args.decays, args.processes, False, args.seed)[0])
     more = (concatenate_hits(map(load_hits, args.more_hits)) if args.more_hits
             else run(args.decays // 3, args.processes, True, args.seed + 50)[0])
     result["decays"] = {"published": hits.decays, "measured": more.decays}

@@ -27,8 +27,8 @@ from deadlayer_cres.deadlayer.detector import (
 from deadlayer_cres.deadlayer.simulate import Geometry, Photons, fly, isotropic, sample_decays, simulate_hits, track
 
 SHAPED = Crystal(radius_mm=37, height_mm=75, borehole_depth_mm=45, nplus_free_radius_mm=14, top_taper_height_mm=20,
-                 top_taper_angle_deg=15, bottom_taper_height_mm=2, bottom_taper_angle_deg=45, borehole_taper_height_mm=9,
-                 borehole_taper_angle_deg=20, groove_inner_radius_mm=11, groove_outer_radius_mm=14, groove_depth_mm=2)
+                 top_taper_angle_deg=15, bottom_taper_height_mm=2, bottom_taper_angle_deg=45,
+                 borehole_taper_height_mm=9, borehole_taper_angle_deg=20, groove_inner_radius_mm=11, groove_outer_radius_mm=14, groove_depth_mm=2)
 
 
 def rays(n, seed=0, low=-60, high=160):
@@ -47,8 +47,8 @@ def test_crossings_agree_with_points_along_the_ray(solid):
             edge = solid.r_low + (solid.r_high - solid.r_low) / (solid.z_high - solid.z_low) * (z - solid.z_low)
             there = (np.hypot(x, y) < edge) & (z > solid.z_low) & (z < solid.z_high)
         else:
-            there = np.all([(low < c) & (c < high) for c, low, high in zip((x, y, z), solid.low, solid.high, strict=True)],
-                           axis=0)
+            limits = zip((x, y, z), solid.low, solid.high, strict=True)
+            there = np.all([(low < c) & (c < high) for c, low, high in limits], axis=0)
         assert ((start < s) & (s < end) == there).all()
 
 
@@ -74,8 +74,8 @@ def test_whoever_misses_the_cryostat_flies_the_same_way():
     whole = Geometry(volumes(bench_setup()))
     whole.hull = -1
     position, direction = rays(20_000, 2, 0, 250)
-    seen = [fly(Photons(np.arange(20_000), np.full(20_000, 100.0), position.copy(), direction), g, np.random.default_rng(3))
-            for g in (geometry, whole)]
+    photons = Photons(np.arange(20_000), np.full(20_000, 100.0), position, direction)
+    seen = [fly(photons, g, np.random.default_rng(3)) for g in (geometry, whole)]
     assert abs(len(seen[0][0]) - len(seen[1][0])) < 5 * np.sqrt(20_000) * 0.5
     share = [np.bincount(m, minlength=len(geometry.materials)) / 20_000 for _, m in seen]
     assert np.abs(share[0] - share[1]).max() < 0.02
@@ -112,7 +112,8 @@ def test_impossible_shapes_are_refused(kwargs):
 
 
 def test_impossible_surroundings_are_refused():
-    for kwargs in ({"cup_mm": -1}, {"castle_top_mm": np.nan}, {"holder_inner_radius_mm": 60}, {"castle_walls_mm": (1, -1)}):
+    for kwargs in ({"cup_mm": -1}, {"castle_top_mm": np.nan}, {"holder_inner_radius_mm": 60},
+                   {"castle_walls_mm": (1, -1)}):
         with pytest.raises(ConfigError):
             Surroundings(**kwargs)
     for crystal in (Crystal(radius_mm=48), Crystal(height_mm=165)):
@@ -127,13 +128,13 @@ def meta(**changes):
     geometry = {"height_in_mm": 80, "radius_in_mm": 35, "borehole": {"radius_in_mm": 5, "depth_in_mm": 55},
                 "groove": {"depth_in_mm": 1, "radius_in_mm": {"outer": 10, "inner": 9}},
                 "pp_contact": {"radius_in_mm": 3, "depth_in_mm": 2},
-                "taper": {"top": {"angle_in_deg": 8, "height_in_mm": 60}, "bottom": {"angle_in_deg": 0, "height_in_mm": 0},
+                "taper": {"top": {"angle_in_deg": 8, "height_in_mm": 60},
+                          "bottom": {"angle_in_deg": 0, "height_in_mm": 0},
                           "borehole": {"angle_in_deg": 0, "height_in_mm": 0}}}
     found = {"name": "V00001X", "type": "icpc", "geometry": geometry,
              "production": {"mass_in_g": 1500.0, "enrichment": {"val": 0.88, "unc": 0.01}},
-             "characterization": {"manufacturer": {"dl_thickness_in_mm": 1},
-                                  "combined_0vbb_analysis": {"fccd_in_mm": {"value": 0.75, "uncertainty": {"pos": 0.1,
-                                                                                                           "neg": 0.2}}}}}
+             "characterization": {"manufacturer": {"dl_thickness_in_mm": 1}, "combined_0vbb_analysis": {
+                 "fccd_in_mm": {"value": 0.75, "uncertainty": {"pos": 0.1, "neg": 0.2}}}}}
     return found | changes
 
 
@@ -162,7 +163,8 @@ def test_detector_from_json_and_yaml(tmp_path):
     ({"type": "coax"}, "type"), ({"geometry": None}, "geometry"), ({"geometry": {"height_in_mm": 80}}, "radius_in_mm"),
     ({"geometry": {"height_in_mm": "80", "radius_in_mm": 35}}, "height_in_mm"),
     ({"geometry": {"height_in_mm": 80, "radius_in_mm": -35}}, "radius_in_mm"),
-    ({"geometry": {"height_in_mm": 80, "radius_in_mm": 35, "borehole": {"radius_in_mm": 40, "depth_in_mm": 9}}}, "Crystal"),
+    ({"geometry": {"height_in_mm": 80, "radius_in_mm": 35, "borehole": {"radius_in_mm": 40, "depth_in_mm": 9}}},
+     "Crystal"),
     ({"characterization": {"combined_0vbb_analysis": {"fccd_in_mm": {"value": "thin"}}}}, "fccd_in_mm"),
     ({"name": None}, "name"),
 ])
@@ -198,11 +200,13 @@ def test_lead_glows():
 
 def test_flight_follows_beer_and_lambert():
     n = 40_000
-    solids = [Cone("EN AW-2011", 0, 1.5, 9, 9), Box("polyethylene", (-9, -9, -2), (9, 9, -1)), Cone("vacuum", -9, 5, 9, 9)]
+    solids = [Cone("EN AW-2011", 0, 1.5, 9, 9), Box("polyethylene", (-9, -9, -2), (9, 9, -1)),
+              Cone("vacuum", -9, 5, 9, 9)]
     down = np.tile([[0.0], [0.6], [-0.8]], n)
     photons = Photons(np.arange(n), np.full(n, 60.0), np.tile([[0.0], [0.0], [3.0]], n), down)
     met, material = fly(photons, Geometry(solids), np.random.default_rng(6))
-    expected = np.exp(-(cross_sections("EN AW-2011").total(60.0) * 1.5 + cross_sections("polyethylene").total(60.0)) / 0.8)
+    alloy, plastic = (cross_sections(m).total(60.0) for m in ("EN AW-2011", "polyethylene"))
+    expected = np.exp(-(alloy * 1.5 + plastic) / 0.8)
     assert 1 - len(met) / n == pytest.approx(expected, abs=4 * np.sqrt(expected / n))
     z = met.position_mm[2]
     assert np.where(material == 0, (z >= 0) & (z <= 1.5), (z >= -2) & (z <= -1)).all()

@@ -63,7 +63,8 @@ def same(a, b):
 
 
 @pytest.mark.parametrize("energy, length", [(("keV", 1), ("mm", 1)), (("MeV", 1e-3), ("cm", 0.1)),
-                                            ((None, 1), (None, 1)), (("eV", 1e3), ("um", 1e3)), (("GeV", 1e-6), ("m", 1e-3))])
+                                            ((None, 1), (None, 1)), (("eV", 1e3), ("um", 1e3)),
+                                            (("GeV", 1e-6), ("m", 1e-3))])
 def test_flat_hits_in_any_unit(tmp_path, hits, energy, length):
     write_flat(tmp_path / "a.lh5", hits, energy, length)
     assert same(read_hits_lh5(tmp_path / "a.lh5", hits.decays), hits)

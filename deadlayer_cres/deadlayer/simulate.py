@@ -11,6 +11,7 @@ __all__ = ['LOWEST_KEV', 'TOGETHER', 'UNITS', 'BLOCK', 'PUBLISHED_EDGES_KEV', 'C
            'log_peak_ratio']
 
 # %% ../../nbs/deadlayer/11_simulate.ipynb #10b6b91a
+import contextlib
 import json
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -543,6 +544,8 @@ def read_hits_lh5(
 ) -> Hits:
     "Read hits from an LH5 file of Geant4, remage or reboost; a `DataError` says what does not fit."
     path = Path(path)
+    with contextlib.suppress(ImportError):
+        import hdf5plugin  # noqa: F401 (registers the compression that lh5 writes)
     try:
         with h5py.File(path) as f:
             group = _hits_table(f, table, (edep, distance), path)
@@ -551,7 +554,9 @@ def read_hits_lh5(
             e, d = e * _unit(group[edep], "edep", path), d * _unit(group[distance], "distance", path)
             number = group[event][()] if lengths is None and event in group else None
     except OSError as error:
-        raise DataError("a readable LH5 file", f"{type(error).__name__}: {error}", path) from error
+        packed = any(word in str(error) for word in ("plugin", "filter"))
+        raise DataError("a readable LH5 file", f"{type(error).__name__}: {error}", path, remedy="its columns are "
+                        "compressed: pip install hdf5plugin" if packed else "check the name") from error
     if len(e) != len(d) or (lengths is None) != (other is None) or (lengths is not None and (lengths != other).any()):
         raise DataError(f"{edep} and {distance} with the same rows", f"{len(e)} and {len(d)} hits", path, name)
     if lengths is not None:

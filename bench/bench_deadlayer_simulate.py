@@ -6,8 +6,8 @@ bench/results/deadlayer_simulate.json.
 
 The published files are `V05268A` in $DEADLAYER_CRES_DATA or ../shared/data. Hits are simulated on the bench
 with all its surroundings, twice: without X-rays after internal conversion, as in the published
-simulation, and with them, as in nature, for the measurement (a third of the decays). Hits saved earlier by `save_hits` can be given instead: --hits without, --more_hits
-with these X-rays.
+simulation, and with them, as in nature, for the measurement (a third of the
+decays). Hits saved earlier by `save_hits` can be given instead: --hits without, --more_hits with these X-rays.
 """
 import argparse
 import os

@@ -28,8 +28,8 @@ from deadlayer_cres.deadlayer.simulate import Geometry, Photons, fly, isotropic,
 
 SHAPED = Crystal(radius_mm=37, height_mm=75, borehole_depth_mm=45, nplus_free_radius_mm=14, top_taper_height_mm=20,
                  top_taper_angle_deg=15, bottom_taper_height_mm=2, bottom_taper_angle_deg=45,
-                 borehole_taper_height_mm=9, borehole_taper_angle_deg=20, groove_inner_radius_mm=11, groove_outer_radius_mm=14,
-                 groove_depth_mm=2)
+                 borehole_taper_height_mm=9, borehole_taper_angle_deg=20, groove_inner_radius_mm=11,
+                 groove_outer_radius_mm=14, groove_depth_mm=2)
 
 
 def rays(n, seed=0, low=-60, high=160):

@@ -4,24 +4,28 @@
 
 # %% auto #0
 __all__ = ['MATERIALS', 'HC_KEV_ANGSTROM', 'LEVELS_KEV', 'CAPTURE', 'TRANSITIONS', 'CS_K_YIELD', 'CS_K_LINES', 'GE_K_YIELD',
-           'GE_K_LINES', 'GE_K_EDGE_KEV', 'GE_K_SHARE', 'Crystal', 'volume_cm3', 'mass_g', 'distance_to_nplus_mm',
-           'inside', 'active_volume_cm3', 'Setup', 'CrossSections', 'cross_sections', 'scattering_functions',
-           'linear_activeness', 'exponential_linear_activeness', 'fwhm_keV', 'Transition', 'line_intensities']
+           'GE_K_LINES', 'GE_K_EDGE_KEV', 'GE_K_SHARE', 'Crystal', 'Box', 'Cone', 'crystal_volumes', 'volume_cm3',
+           'mass_g', 'nplus_outline', 'distance_to_nplus_mm', 'inside', 'active_volume_cm3', 'Detector',
+           'read_detector', 'Surroundings', 'Setup', 'volumes', 'bench_setup', 'CrossSections', 'cross_sections',
+           'scattering_functions', 'Fluorescence', 'fluorescence', 'linear_activeness', 'exponential_linear_activeness',
+           'fwhm_keV', 'Transition', 'line_intensities']
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #b47acc18
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, cached_property
+from os import PathLike
+from pathlib import Path
 
 import numpy as np
 import torch
 from scipy.special import lambertw
 
-from ..core import ConfigError
+from ..core import ConfigError, DataError
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #431ff779
 @dataclass(frozen=True)
 class Crystal:
-    "A cylinder with a borehole from the top; n+ contact everywhere but in the centre of the bottom; lengths in mm."
+    "A solid of revolution with a borehole from the top; n+ contact everywhere but in the centre of the bottom; in mm."
 
     radius_mm: float = 40.3
     height_mm: float = 82.4
@@ -30,6 +34,15 @@ class Crystal:
     nplus_free_radius_mm: float = 20.0  # bottom disc with the p+ contact and the passivated surface
     borehole_fccd_fraction: float = 0.5  # FCCD in the borehole over FCCD outside
     density_g_per_cm3: float = 5.537  # enriched germanium; only the mass depends on it
+    top_taper_height_mm: float = 0.0  # the outer face leans inwards over this height
+    top_taper_angle_deg: float = 0.0  # ... by this angle against the axis
+    bottom_taper_height_mm: float = 0.0
+    bottom_taper_angle_deg: float = 0.0
+    borehole_taper_height_mm: float = 0.0  # the borehole widens towards the top over this height
+    borehole_taper_angle_deg: float = 0.0
+    groove_inner_radius_mm: float = 0.0
+    groove_outer_radius_mm: float = 0.0
+    groove_depth_mm: float = 0.0
 
     def __post_init__(self):
         sizes = (self.radius_mm, self.height_mm, self.density_g_per_cm3, self.borehole_fccd_fraction)
@@ -41,18 +54,140 @@ class Crystal:
         if not 0 <= self.nplus_free_radius_mm <= self.radius_mm:
             raise ConfigError("nplus_free_radius_mm between 0 and radius_mm", f"{self.nplus_free_radius_mm}",
                               row="Crystal")
+        _check_shape(self)
+
+    @property
+    def plain(self) -> bool:
+        "True for a right cylinder with a cylindrical borehole and no groove."
+        return not (self.top_taper_height_mm or self.bottom_taper_height_mm or self.borehole_taper_height_mm
+                    or self.groove_depth_mm)
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #2cf7ca58
+def _lean(height_mm: float, angle_deg: float) -> float:
+    "How far (mm) a taper leads inwards."
+    return height_mm * np.tan(np.radians(angle_deg))
+
+def _check_shape(c: Crystal) -> None:
+    "Raise `ConfigError` if the tapers or the groove of `c` do not fit."
+    tapers = {n: (getattr(c, f"{n}_taper_height_mm"), getattr(c, f"{n}_taper_angle_deg"))
+              for n in ("top", "bottom", "borehole")}
+    for name, (height, angle) in tapers.items():
+        if not (0 <= height <= c.height_mm and 0 <= angle < 90):
+            raise ConfigError("a taper height within the crystal and an angle from 0 to 90 degrees",
+                              f"{height} mm, {angle} degrees", row=f"{name} taper")
+    top, bottom, bore = (_lean(*t) for t in tapers.values())
+    if tapers["borehole"][0] > c.borehole_depth_mm or c.borehole_radius_mm + bore >= c.radius_mm - top:
+        raise ConfigError("germanium between the borehole and the outer face", f"tapers of {bore:.1f} mm and {top:.1f} "
+                          "mm", row="Crystal")
+    if tapers["top"][0] + tapers["bottom"][0] > c.height_mm or bottom > c.radius_mm - c.nplus_free_radius_mm:
+        raise ConfigError("tapers that leave each other and the bottom's n+ edge room", f"{tapers}", row="Crystal")
+    if not 0 <= c.groove_inner_radius_mm <= c.groove_outer_radius_mm <= c.nplus_free_radius_mm or not (
+            0 <= c.groove_depth_mm < c.height_mm - c.borehole_depth_mm):
+        raise ConfigError("a groove within nplus_free_radius_mm and below the borehole", f"{c.groove_inner_radius_mm} "
+                          f"to {c.groove_outer_radius_mm} mm, depth {c.groove_depth_mm} mm", row="Crystal")
+
+# %% ../../nbs/deadlayer/10_detector.ipynb #bd12dca3
+def _slab(x: np.ndarray, u: np.ndarray, low: float, high: float) -> tuple[np.ndarray, np.ndarray]:
+    "Path lengths at which coordinates `x` with direction cosines `u` enter and leave the range low to high."
+    u = np.where(np.abs(u) < 1e-12, 1e-12, u)
+    a, b = (low - x) / u, (high - x) / u
+    return np.minimum(a, b), np.maximum(a, b)
+
+@dataclass(frozen=True)
+class Box:
+    "An upright box; lengths in mm."
+
+    material: str  # a key of `MATERIALS`, or vacuum
+    low: tuple[float, float, float]
+    high: tuple[float, float, float]
+
+    def crossings(self, position: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        "Path lengths (n,) in mm at which rays (3, n) enter and leave; those that miss enter after they leave."
+        enter, leave = zip(*map(_slab, position, direction, self.low, self.high), strict=True)
+        return np.maximum.reduce(enter), np.minimum.reduce(leave)
+
+# %% ../../nbs/deadlayer/10_detector.ipynb #de844caa
+@dataclass(frozen=True)
+class Cone:
+    "A truncated cone around the axis; lengths in mm."
+
+    material: str
+    z_low: float
+    z_high: float
+    r_low: float
+    r_high: float
+
+    def crossings(self, position: np.ndarray, direction: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        "As of `Box`."
+        (x, y, z), (u, v, w) = position, direction
+        slope = (self.r_high - self.r_low) / (self.z_high - self.z_low)
+        rho, change = self.r_low + slope * (z - self.z_low), slope * w
+        a, b, c = u * u + v * v - change * change, x * u + y * v - rho * change, x * x + y * y - rho * rho
+        a = np.where(np.abs(a) < 1e-12, 1e-12, a)
+        root = b * b - a * c
+        half = np.sqrt(np.maximum(root, 0)) / np.abs(a)
+        first, last = -b / a - half, -b / a + half
+        steep = a < 0
+        low = np.where(steep, np.where(change > 0, last, -np.inf), np.where(root > 0, first, np.inf))
+        high = np.where(steep, np.where(change > 0, np.inf, first), np.where(root > 0, last, -np.inf))
+        enter, leave = _slab(z, w, self.z_low, self.z_high)
+        return np.maximum(enter, low), np.minimum(leave, high)
+
+    @property
+    def volume_cm3(self) -> float:
+        "Volume in cm³."
+        r, q = self.r_low, self.r_high
+        return np.pi / 3 * (self.z_high - self.z_low) * (r * r + r * q + q * q) * 1e-3
+
+# %% ../../nbs/deadlayer/10_detector.ipynb #37020854
+def crystal_volumes(c: Crystal) -> list[Cone]:
+    "The crystal as cones of germanium and vacuum; where they overlap the first one counts."
+    top, bottom, bore = (_lean(getattr(c, f"{n}_taper_height_mm"), getattr(c, f"{n}_taper_angle_deg"))
+                         for n in ("top", "bottom", "borehole"))
+    height, radius, b = c.height_mm, c.radius_mm, c.borehole_radius_mm
+    at, low, high = height - c.borehole_taper_height_mm, c.bottom_taper_height_mm, height - c.top_taper_height_mm
+    cones = [Cone("vacuum", height - c.borehole_depth_mm, at, b, b), Cone("vacuum", at, height, b, b + bore),
+             Cone("Ge", 0, c.groove_depth_mm, c.groove_inner_radius_mm, c.groove_inner_radius_mm),
+             Cone("vacuum", 0, c.groove_depth_mm, c.groove_outer_radius_mm, c.groove_outer_radius_mm),
+             Cone("Ge", 0, low, radius - bottom, radius), Cone("Ge", low, high, radius, radius),
+             Cone("Ge", high, height, radius, radius - top)]
+    return [k for k in cones if k.z_high > k.z_low and max(k.r_low, k.r_high) > 0]
+
+# %% ../../nbs/deadlayer/10_detector.ipynb #33461e42
 def volume_cm3(crystal: Crystal) -> float:
     "Volume of the germanium in cm³."
-    bore = crystal.borehole_radius_mm**2 * crystal.borehole_depth_mm
-    return np.pi * (crystal.radius_mm**2 * crystal.height_mm - bore) * 1e-3
+    sign = {"Ge": 1, "vacuum": -1}
+    return sum(sign[c.material] * c.volume_cm3 for c in crystal_volumes(crystal))
 
 def mass_g(crystal: Crystal) -> float:
     "Mass of the germanium in g."
     return volume_cm3(crystal) * crystal.density_g_per_cm3
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #8844ee78
+def nplus_outline(c: Crystal) -> tuple[np.ndarray, np.ndarray]:  # (k, 2) and (m, 2) in mm; the second may be empty
+    "The n+ surface as lines in (r, z): from the bottom's n+ edge outside to the borehole's mouth; and the borehole."
+    top, bottom, bore = (_lean(getattr(c, f"{n}_taper_height_mm"), getattr(c, f"{n}_taper_angle_deg"))
+                         for n in ("top", "bottom", "borehole"))
+    height, radius, b = c.height_mm, c.radius_mm, c.borehole_radius_mm
+    end = height - c.borehole_depth_mm
+    hole = [(0, end), (b, end), (b, height - c.borehole_taper_height_mm), (b + bore, height)]
+    open_ = b > 0 and c.borehole_depth_mm > 0
+    outer = [(c.nplus_free_radius_mm, 0), (radius - bottom, 0), (radius, c.bottom_taper_height_mm),
+             (radius, height - c.top_taper_height_mm), (radius - top, height), (b + bore if open_ else 0, height)]
+    return np.array(outer, float), np.array(hole if open_ else np.empty((0, 2)), float)
+
+def _distance(r: np.ndarray, z: np.ndarray, line: np.ndarray) -> np.ndarray:
+    "Distance of the points (r, z) to the nearest piece of `line` (k, 2); infinite if it has no piece."
+    nearest = np.full(np.shape(r), np.inf)
+    for (r0, z0), (r1, z1) in zip(line[:-1], line[1:], strict=True):
+        length2 = (r1 - r0) ** 2 + (z1 - z0) ** 2
+        if length2 == 0:
+            continue
+        t = np.clip(((r - r0) * (r1 - r0) + (z - z0) * (z1 - z0)) / length2, 0, 1)
+        nearest = np.minimum(nearest, np.hypot(r - r0 - t * (r1 - r0), z - z0 - t * (z1 - z0)))
+    return nearest
+
+# %% ../../nbs/deadlayer/10_detector.ipynb #4f4e2cf1
 def distance_to_nplus_mm(
     x: np.ndarray,  # position in mm, any broadcastable shapes
     y: np.ndarray,
@@ -60,22 +195,21 @@ def distance_to_nplus_mm(
     crystal: Crystal,  # the geometry
 ) -> tuple[np.ndarray, np.ndarray]:  # effective depth in mm; True where the borehole decides it
     "Effective depth: min(outer distance, borehole distance / `borehole_fccd_fraction`); NaN outside the germanium."
-    x, y, z = (np.asarray(a, np.float64) for a in (x, y, z))
-    r = np.hypot(x, y)
-    bottom = np.hypot(z, np.maximum(crystal.nplus_free_radius_mm - r, 0))
-    outer = np.minimum(np.minimum(crystal.radius_mm - r, crystal.height_mm - z), bottom)
-    above = np.maximum(crystal.height_mm - crystal.borehole_depth_mm - z, 0)  # how far below the end of the borehole
-    bore = np.hypot(np.maximum(r - crystal.borehole_radius_mm, 0), above) / crystal.borehole_fccd_fraction
-    if crystal.borehole_radius_mm == 0 or crystal.borehole_depth_mm == 0:
-        bore = np.full_like(bore, np.inf)
-    depth = np.where(inside(x, y, z, crystal), np.minimum(outer, bore), np.nan)
-    return depth, bore < outer
+    x, y, z = np.broadcast_arrays(*(np.asarray(a, np.float64) for a in (x, y, z)))
+    r, (outline, hole) = np.hypot(x, y), nplus_outline(crystal)
+    outer, bore = _distance(r, z, outline), _distance(r, z, hole) / crystal.borehole_fccd_fraction
+    return np.where(inside(x, y, z, crystal), np.minimum(outer, bore), np.nan), bore < outer
 
 def inside(x, y, z, crystal: Crystal) -> np.ndarray:
-    "True for points in the germanium (mm); the borehole is not germanium."
-    r2 = x * x + y * y
-    hole = (r2 < crystal.borehole_radius_mm**2) & (z > crystal.height_mm - crystal.borehole_depth_mm)
-    return (r2 <= crystal.radius_mm**2) & (z >= 0) & (z <= crystal.height_mm) & ~hole
+    "True for points in the germanium (mm); borehole and groove are not germanium."
+    r, found = np.hypot(x, y), np.zeros(np.broadcast_shapes(np.shape(x), np.shape(y), np.shape(z)), bool)
+    for c in reversed(crystal_volumes(crystal)):  # the first one counts, so it comes last
+        edge = c.r_low + (c.r_high - c.r_low) / (c.z_high - c.z_low) * (np.asarray(z) - c.z_low)
+        if c.material == "Ge":
+            found |= (r <= edge) & (z >= c.z_low) & (z <= c.z_high)
+        else:
+            found &= ~((r < edge) & (z >= c.z_low) & (z <= c.z_high))
+    return found
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #b0e57be8
 def active_volume_cm3(
@@ -87,6 +221,11 @@ def active_volume_cm3(
     limit = min(crystal.radius_mm - b, crystal.height_mm - crystal.borehole_depth_mm, a) / 2
     if not 0 <= f < limit:
         raise ConfigError(f"0 <= fccd_in_mm < {limit:g} mm for this crystal", f"{f}", row="active_volume_cm3")
+    if not crystal.plain:
+        r, z = np.meshgrid((np.arange(800) + 0.5) * crystal.radius_mm / 800,
+                           (np.arange(1600) + 0.5) * crystal.height_mm / 1600)
+        ring = 2 * np.pi * r * crystal.radius_mm / 800 * crystal.height_mm / 1600
+        return float(ring[distance_to_nplus_mm(r, 0.0, z, crystal)[0] > f].sum()) * 1e-3
     g = f * crystal.borehole_fccd_fraction
     volume = np.pi * (crystal.radius_mm - f) ** 2 * (crystal.height_mm - 2 * f)
     volume += np.pi * (a - f) ** 2 * f + 2 * np.pi * f**2 * (a * (1 - np.pi / 4) - f / 6)
@@ -97,8 +236,125 @@ def active_volume_cm3(
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #d3593037
 @dataclass(frozen=True)
+class Detector:
+    "What a metadata file says about a detector."
+
+    name: str
+    crystal: Crystal
+    fccd_in_mm: float | None  # full charge collection depth; None if the file has none
+    uncertainty_mm: tuple[float, float] | None  # upwards, downwards; None where unknown
+    mass_g: float | None  # as weighed
+
+def _entry(node: dict, name: str, path: Path, default=None):
+    "The value at the dotted `name` in nested dictionaries; without a default a missing one is a `DataError`."
+    for key in name.split("."):
+        node = node.get(key) if isinstance(node, dict) else None
+    if node is None and default is None:
+        raise DataError("a diode file of LEGEND's metadata", "no such entry", path, name)
+    return default if node is None else node
+
+def _length(node: dict, name: str, path: Path, default: float | None = None) -> float:
+    "As `_entry`, a finite number that is not negative."
+    value = _entry(node, name, path, default)
+    if isinstance(value, bool) or not isinstance(value, int | float) or not 0 <= value < np.inf:
+        raise DataError("a number >= 0", repr(value), path, name)
+    return float(value)
+
+# %% ../../nbs/deadlayer/10_detector.ipynb #5c8c0f27
+def read_detector(
+    path: str | PathLike,  # a diode file of LEGEND's metadata, JSON or YAML
+    borehole_fccd_fraction: float = 0.5,  # FCCD in the borehole over FCCD outside
+) -> Detector:
+    "Read crystal and FCCD of a detector; a `DataError` names the entry at fault."
+    import yaml
+
+    path = Path(path)
+    try:
+        meta = yaml.safe_load(path.read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
+        raise DataError("a readable JSON or YAML file", " ".join(f"{type(e).__name__}: {e}".split()), path) from e
+    if not isinstance(meta, dict) or meta.get("type") not in ("icpc", "bege", "ppc"):
+        found = repr(meta.get("type")) if isinstance(meta, dict) else type(meta).__name__
+        raise DataError("the type icpc, bege or ppc", found, path, "type", "other crystals are not simulated")
+    try:
+        crystal = _crystal(meta, path, borehole_fccd_fraction)
+    except ConfigError as e:
+        raise DataError(e.expected, e.found, path, f"geometry, {e.row}") from e
+    best, fallback = "characterization.combined_0vbb_analysis.fccd_in_mm", "characterization.manufacturer."
+    fccd = _length(meta, f"{best}.value", path, _length(meta, fallback + "dl_thickness_in_mm", path, -0.0))
+    errors = tuple(_length(meta, f"{best}.uncertainty.{side}", path, -0.0) for side in ("pos", "neg"))
+    mass = _length(meta, "production.mass_in_g", path, -0.0)
+    return Detector(str(_entry(meta, "name", path)), crystal, fccd or None, errors if all(errors) else None, mass or None)
+
+# %% ../../nbs/deadlayer/10_detector.ipynb #64b1fd54
+def _crystal(meta: dict, path: Path, borehole_fccd_fraction: float) -> Crystal:
+    "The crystal of a diode file."
+    def mm(name, default=None):
+        return _length(meta["geometry"], name, path, default)
+
+    _entry(meta, "geometry", path)
+    groove, contact = mm("groove.radius_in_mm.outer", 0.0), mm("pp_contact.radius_in_mm", 0.0)
+    enriched = _length(meta, "production.enrichment.val", path, 0.0)
+    atom = enriched * 75.921 + (1 - enriched) * 73.921 if enriched else 72.63  # the rest of enriched Ge is Ge-74
+    tapers = {f"{n}_taper_{k}": mm(f"taper.{n}.{k.replace('height_mm', 'height_in_mm').replace('_deg', '_in_deg')}", 0.0)
+              for n in ("top", "bottom", "borehole") for k in ("height_mm", "angle_deg")}
+    return Crystal(mm("radius_in_mm"), mm("height_in_mm"), mm("borehole.radius_in_mm", 0.0),
+                   mm("borehole.depth_in_mm", 0.0), groove or contact, borehole_fccd_fraction, 5.323 * atom / 72.63,
+                   groove_inner_radius_mm=mm("groove.radius_in_mm.inner", 0.0), groove_outer_radius_mm=groove,
+                   groove_depth_mm=mm("groove.depth_in_mm", 0.0), **tapers)
+
+# %% ../../nbs/deadlayer/10_detector.ipynb #33b12bbd
+MATERIALS = {
+    "Ge": (5.323, {32: 1.0}),
+    "Al": (2.84, {13: 1.0}),
+    "EN AW-2011": (2.84, {13: 0.932, 29: 0.06, 82: 0.004, 83: 0.004}),
+    "polyethylene": (0.93, {1: 0.14372, 6: 0.85628}),
+    "acrylic": (1.18, {1: 0.080538, 6: 0.599848, 8: 0.319614}),
+    "air": (0.0012, {6: 0.000124, 7: 0.755268, 8: 0.231781, 18: 0.012827}),
+    "lead": (11.35, {82: 1.0}),
+}
+"Density in g/cm³ and mass fractions by atomic number."
+
+# %% ../../nbs/deadlayer/10_detector.ipynb #9db6c38d
+@dataclass(frozen=True)
+class Surroundings:
+    "What stands around source and crystal on the test bench, in mm; a thickness of 0 leaves a part away."
+
+    wrap_side_mm: float = 0.7  # polyethylene beside the crystal
+    cup_mm: float = 0.8  # wall of the aluminium cup that holds the crystal, open at the top
+    cup_base_mm: float = 3.1  # its base
+    cup_below_mm: float = 11.0  # from the bottom of the crystal to the base
+    ring_mm: float = 2.2  # how far two rings stand out from the cup
+    ring_height_mm: float = 8.6
+    ring_depths_mm: tuple[float, float] = (14.0, 51.4)  # of their upper faces under the rim of the cup
+    endcap_height_mm: float = 171.0  # of the cryostat
+    endcap_bottom_mm: float = 0.8
+    foil_mm: float = 0.5  # polyethylene disc with the source in its middle
+    foil_radius_mm: float = 13.0
+    source_ring_mm: float = 2.0  # aluminium ring around the foil
+    source_ring_height_mm: float = 3.0
+    holder_plate_mm: float = 10.0  # acrylic plate under the source, with a hole
+    holder_hole_radius_mm: float = 10.0
+    holder_inner_radius_mm: float = 43.5  # acrylic tube from the plate down to the lid
+    holder_outer_radius_mm: float = 54.0
+    castle_inside_mm: tuple[float, float, float] = (300.0, 250.0, 500.0)  # air; its middle is level with the lid
+    castle_walls_mm: tuple[float, float] = (90.0, 100.0)  # lead
+    castle_top_mm: float = 90.0  # lead
+    door_mm: tuple[float, float, float] = (120.0, 100.0, 400.0)  # gap in one wall down to the plate; depth: of the door
+    plate_mm: float = 15.0  # aluminium under castle and cryostat
+
+    def __post_init__(self):
+        values = [v for f in self.__dataclass_fields__ for v in np.atleast_1d(getattr(self, f)).tolist()]
+        if not all(np.isfinite(v) and v >= 0 for v in values):
+            raise ConfigError("finite lengths >= 0", f"{values}", row="Surroundings")
+        if not self.holder_hole_radius_mm < self.holder_inner_radius_mm < self.holder_outer_radius_mm:
+            raise ConfigError("radii of the source holder: hole < inside < outside", f"{self.holder_hole_radius_mm}, "
+                              f"{self.holder_inner_radius_mm}, {self.holder_outer_radius_mm} mm", row="Surroundings")
+
+# %% ../../nbs/deadlayer/10_detector.ipynb #be5d865d
+@dataclass(frozen=True)
 class Setup:
-    "A point source on the crystal's axis, and what lies between. Lengths in mm."
+    "A source on the crystal's axis, and what lies between and around. Lengths in mm."
 
     crystal: Crystal = field(default_factory=Crystal)
     source_to_endcap_mm: float = 78.0  # from the source to the outer face of the lid
@@ -108,37 +364,114 @@ class Setup:
     endcap_radius_mm: float = 50.8
     wrap_thickness_mm: float = 1.0  # polyethylene around the crystal
     source_foil_mm: float = 0.25  # polyethylene above the source (half of a 0.5 mm foil)
+    source_radius_mm: float = 0.0  # of the active disc, 0.1 mm thick; 0: a point
+    conversion_xrays: bool = True  # K X-rays also after internal conversion; the published simulation has none
+    surroundings: Surroundings | None = None  # None: only what lies between source and crystal
 
     def __post_init__(self):
         if self.endcap_material not in MATERIALS:
             raise ConfigError(f"endcap_material among {', '.join(MATERIALS)}", repr(self.endcap_material), row="Setup")
-        layers = (self.endcap_thickness_mm, self.wrap_thickness_mm, self.source_foil_mm)
+        layers = (self.endcap_thickness_mm, self.wrap_thickness_mm, self.source_foil_mm, self.source_radius_mm)
         if not (self.source_to_endcap_mm > 0 and min(layers) >= 0 and self.endcap_to_crystal_mm >= sum(layers[:2])):
             raise ConfigError("the source above the lid, layers not negative, lid and wrap fitting above the crystal",
                               f"{self.source_to_endcap_mm}, {self.endcap_to_crystal_mm}, {layers} mm", row="Setup")
+        if self.surroundings:
+            cup = self.crystal.radius_mm + 0.4 + self.surroundings.wrap_side_mm + self.surroundings.cup_mm
+            wide = self.endcap_radius_mm - self.endcap_thickness_mm
+            deep = self.endcap_to_crystal_mm + self.crystal.height_mm + self.surroundings.cup_below_mm
+            if cup + self.surroundings.ring_mm > wide or deep > self.surroundings.endcap_height_mm - 5:
+                raise ConfigError(f"crystal, cup and rings within a cryostat of {wide} mm radius",
+                                  f"{cup + self.surroundings.ring_mm:.1f} mm, {deep:.1f} mm deep", row="Setup")
 
     @property
     def source_z_mm(self) -> float:
         "Height of the source in the crystal's coordinates (mm)."
-        return self.crystal.height_mm + self.endcap_to_crystal_mm + self.source_to_endcap_mm
+        return self.lid_z_mm + self.source_to_endcap_mm
+
+    @property
+    def lid_z_mm(self) -> float:
+        "Height of the outer face of the lid (mm)."
+        return self.crystal.height_mm + self.endcap_to_crystal_mm
 
     @property
     def layers(self) -> tuple[tuple[str, float, float], ...]:
         "Material, thickness and height of the middle (mm) of the layers on the way down, from the source on."
-        top = self.crystal.height_mm
-        lid = top + self.endcap_to_crystal_mm - self.endcap_thickness_mm / 2
+        lid = self.lid_z_mm - self.endcap_thickness_mm / 2
         return (("polyethylene", self.source_foil_mm, self.source_z_mm - self.source_foil_mm / 2),
                 (self.endcap_material, self.endcap_thickness_mm, lid),
-                ("polyethylene", self.wrap_thickness_mm, top + self.wrap_thickness_mm / 2))
+                ("polyethylene", self.wrap_thickness_mm, self.crystal.height_mm + self.wrap_thickness_mm / 2))
 
-# %% ../../nbs/deadlayer/10_detector.ipynb #5c8c0f27
-MATERIALS = {
-    "Ge": (5.323, {32: 1.0}),
-    "Al": (2.84, {13: 1.0}),
-    "EN AW-2011": (2.84, {13: 0.932, 29: 0.06, 82: 0.004, 83: 0.004}),
-    "polyethylene": (0.93, {1: 0.14372, 6: 0.85628}),
-}
-"Density in g/cm³ and mass fractions by atomic number."
+# %% ../../nbs/deadlayer/10_detector.ipynb #4aca06ef
+def _in_cryostat(setup: Setup) -> list[Cone]:
+    "Crystal, wrap, cup and cryostat, the inner ones first."
+    c, s, top = setup.crystal, setup.surroundings, setup.crystal.height_mm
+    rim, base = top + setup.wrap_thickness_mm, -s.cup_below_mm
+    wrap = c.radius_mm + 0.2 + s.wrap_side_mm  # the wrap lies loosely around the crystal, and in the cup
+    cup = wrap + 0.2 + s.cup_mm
+    metal, wide, lid = setup.endcap_material, setup.endcap_radius_mm, setup.lid_z_mm
+    bottom = lid - s.endcap_height_mm
+
+    def tube(material, low, high, radius):
+        return Cone(material, low, high, radius, radius)
+
+    rings = [tube(metal, rim - d - s.ring_height_mm, rim - d, cup + s.ring_mm) for d in s.ring_depths_mm]
+    return [*crystal_volumes(c), tube("vacuum", 0, top, c.radius_mm + 0.2), tube("polyethylene", 0, rim, wrap),
+            tube("vacuum", base, rim, cup - s.cup_mm), tube(metal, base - s.cup_base_mm, rim, cup), *rings,
+            tube("vacuum", bottom + s.endcap_bottom_mm, lid - setup.endcap_thickness_mm,
+                 wide - setup.endcap_thickness_mm), tube(metal, bottom, lid, wide)]
+
+def _around_source(setup: Setup) -> list[Cone]:
+    "Foil, ring and holder of the source, the inner ones first."
+    s, z, lid = setup.surroundings, setup.source_z_mm, setup.lid_z_mm
+    low, high = z - s.source_ring_height_mm / 2, z + s.source_ring_height_mm / 2
+    outer, plate = s.foil_radius_mm + s.source_ring_mm, low - s.holder_plate_mm
+    solids = [("polyethylene", z - s.foil_mm / 2, z + s.foil_mm / 2, s.foil_radius_mm),
+              ("air", low, high, s.foil_radius_mm), ("EN AW-2011", low, high, outer)]
+    if s.holder_plate_mm:
+        solids += [("air", plate, low, s.holder_hole_radius_mm), ("air", lid, plate, s.holder_inner_radius_mm),
+                   ("acrylic", lid, low, s.holder_outer_radius_mm)]
+    return [Cone(m, a, b, r, r) for m, a, b, r in solids]
+
+# %% ../../nbs/deadlayer/10_detector.ipynb #163839e0
+def _castle(setup: Setup) -> list[Box]:
+    "Air, door, plate and lead of the castle, the inner ones first."
+    s, lid = setup.surroundings, setup.lid_z_mm
+    (width, depth, height), (wall_x, wall_y) = s.castle_inside_mm, s.castle_walls_mm
+    floor, roof, out = lid - height / 2, lid + height / 2, depth / 2 + wall_y
+    gap, door, tall = s.door_mm
+    wide = width / 2 + wall_x
+    return [Box("air", (-width / 2, -depth / 2, floor), (width / 2, depth / 2, roof)),
+            Box("air", (-gap / 2, depth / 2, floor), (gap / 2, out, floor + tall)),
+            Box("Al", (-wide, -out, floor - s.plate_mm), (wide, out + door, floor)),
+            Box("lead", (-wide, -out, floor), (wide, out, roof)),
+            Box("lead", (-gap / 2 - 20, out, floor), (gap / 2 + 20, out + door, floor + tall)),
+            Box("lead", (-width / 2, -depth / 2 - 25, roof), (width / 2, depth / 2 + 25, roof + s.castle_top_mm))]
+
+def volumes(setup: Setup) -> list[Cone | Box]:
+    "All solids of the setup; where some overlap the first one counts, where there is none is vacuum."
+    if setup.surroundings:
+        solids = [*_in_cryostat(setup), *_around_source(setup), *_castle(setup)]
+    else:
+        wide = 10 * setup.endcap_radius_mm
+        solids = [*crystal_volumes(setup.crystal),
+                  *(Cone(m, z - t / 2, z + t / 2, wide, wide) for m, t, z in setup.layers)]
+    return [v for v in solids if not _empty(v)]
+
+def _empty(solid: Cone | Box) -> bool:
+    "True for a solid without volume."
+    if isinstance(solid, Cone):
+        return solid.z_high <= solid.z_low or max(solid.r_low, solid.r_high) <= 0
+    return any(high <= low for low, high in zip(solid.low, solid.high, strict=True))
+
+# %% ../../nbs/deadlayer/10_detector.ipynb #983c890d
+def bench_setup(
+    crystal: Crystal | None = None,  # None: the stand-in for V05268A
+    **kwargs,  # of `Setup`
+) -> Setup:
+    "A crystal on the test bench with all `Surroundings`."
+    place = {"source_to_endcap_mm": 78.5, "endcap_to_crystal_mm": 8.0, "source_radius_mm": 2.5}
+    crystal = crystal or Crystal(radius_mm=38.2, height_mm=91.4)
+    return Setup(crystal, **({**place, "surroundings": Surroundings()} | kwargs))
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #8a805af2
 @dataclass(frozen=True, eq=False)
@@ -158,7 +491,12 @@ class CrossSections:
 
     def total(self, energy_keV) -> np.ndarray:
         "Sum of the three coefficients (1/mm)."
-        return sum(self(energy_keV))
+        return np.exp(np.interp(np.log(energy_keV), *self._total))
+
+    @cached_property
+    def _total(self) -> tuple[np.ndarray, np.ndarray]:
+        "Logarithms of energy and sum."
+        return np.log(self.energy_keV), np.log(self.photo + self.compton + self.rayleigh)
 
     def transmission(self, energy_keV, thickness_mm) -> np.ndarray:
         "Share of photons that cross `thickness_mm` without any interaction."
@@ -185,7 +523,7 @@ def cross_sections(
     return CrossSections(material, energy, *(density * 0.1 * mu for mu in table))  # cm²/g x g/cm³ x cm/mm
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #6d0a2602
-HC_KEV_ANGSTROM = 12.398419843320026
+HC_KEV_ANGSTROM = 12.398419843160026
 "Planck's constant times the speed of light in keV Å (exact in the SI of 2019)."
 
 @cache
@@ -196,6 +534,40 @@ def scattering_functions(z: int = 32, points: int = 600) -> tuple[np.ndarray, np
     q = np.geomspace(1e-3, 40.0, points)
     s = np.array([xrl.SF_Compt(z, v) for v in q.tolist()]) / z
     return q, np.clip(s, 0, 1), np.array([xrl.FF_Rayl(z, v) for v in q.tolist()])
+
+# %% ../../nbs/deadlayer/10_detector.ipynb #472c9f1c
+@dataclass(frozen=True, eq=False)
+class Fluorescence:
+    "K X-rays of one material."
+
+    energy_keV: np.ndarray  # (k,) of the absorbed photon
+    probability: np.ndarray  # (elements, k) that an absorbed photon makes an X-ray of the element
+    lines: tuple  # (elements,) of (energies in keV, weights)
+
+@cache
+def fluorescence(material: str) -> Fluorescence:
+    "Table the K X-rays of `material` with xraylib."
+    import xraylib as xrl
+
+    table, (density, composition) = cross_sections(material), MATERIALS[material]
+    rows, lines = [np.empty((0, len(table.energy_keV)))], []
+    for z in (z for z in composition if z > 23):
+        share = (1 - 1 / xrl.JumpFactor(z, xrl.K_SHELL)) * xrl.FluorYield(z, xrl.K_SHELL)
+        mu = np.array([xrl.CS_Photo(z, e) for e in table.energy_keV.tolist()]) * composition[z] * density * 0.1
+        rows.append((mu / table.photo * share * (table.energy_keV > xrl.EdgeEnergy(z, xrl.K_SHELL)))[None])
+        kinds = (xrl.KL3_LINE, xrl.KL2_LINE, xrl.KM3_LINE, xrl.KM2_LINE, xrl.KN3_LINE)
+        kinds = [k for k in kinds if _rate(z, k) > 0]
+        lines.append(([xrl.LineEnergy(z, k) for k in kinds], [_rate(z, k) for k in kinds]))
+    return Fluorescence(table.energy_keV, np.concatenate(rows), tuple(lines))
+
+def _rate(z: int, line: int) -> float:
+    "Share of `line` among the K X-rays of element `z`; 0 where xraylib has none."
+    import xraylib as xrl
+
+    try:
+        return xrl.RadRate(z, line)
+    except ValueError:
+        return 0.0
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #ac7d2644
 def _where(mask, a, b):
@@ -230,28 +602,41 @@ def linear_activeness(
 # %% ../../nbs/deadlayer/10_detector.ipynb #4b3a945f
 def exponential_linear_activeness(
     depth_mm,  # depth under the n+ surface in mm, array or tensor; NaN counts as active
-    fccd_in_mm: float,  # full charge collection depth F in mm, >= 0
-    alpha_in_mm: float,  # inverse slope of the linear part in mm, between beta * (1 - exp(-F / beta)) and F
-    beta_in_mm: float,  # length of the exponential rise in mm, >= 0
-):  # share of the energy that is collected, 0 to 1
+    fccd_in_mm,  # full charge collection depth F in mm, >= 0; number or array that broadcasts with the depth
+    alpha_in_mm,  # inverse slope of the linear part in mm, between beta * (1 - exp(-F / beta)) and F; likewise
+    beta_in_mm,  # length of the exponential rise in mm, >= 0; likewise
+):  # share of the energy that is collected, 0 to 1, in the broadcast shape
     "Exponential rise that turns smoothly into a line, the definition of reboost's exponential-linear model."
-    f, a, b = float(fccd_in_mm), float(alpha_in_mm), float(beta_in_mm)
+    f, a, b = np.broadcast_arrays(*(np.asarray(v, np.float64) for v in (fccd_in_mm, alpha_in_mm, beta_in_mm)))
     for name, value in (("fccd_in_mm", f), ("alpha_in_mm", a), ("beta_in_mm", b)):
         _check(name, value, 0)
-    smallest = b * -np.expm1(-f / b) if b else 0.0
-    if not smallest <= a * (1 + 1e-12) <= f * (1 + 1e-9):
-        raise ConfigError(f"alpha_in_mm between beta (1 - exp(-FCCD/beta)) = {smallest:.4g} and FCCD = {f:g}", f"{a:g}",
-                          row="alpha_in_mm")
-    if b == 0 or a == 0 or (f - a) / b > 600:
-        return linear_activeness(depth_mm, f, max(1 - a / f, 0.0) if f else 0.0)
-    c = 1 + (f - a) / b
+    smallest = b * -np.expm1(-f / np.where(b > 0, b, 1))
+    if (bad := ~((smallest <= a * (1 + 1e-12)) & (a <= f * (1 + 1e-9)))).any():
+        raise ConfigError(f"alpha_in_mm between beta (1 - exp(-FCCD/beta)) = {smallest[bad][0]:.4g} and "
+                          f"FCCD = {f[bad][0]:g}", f"{a[bad][0]:g}", row="alpha_in_mm")
+    straight = (b == 0) | (a == 0) | (f - a > 600 * b)
+    line = linear_activeness(depth_mm, f, np.clip(1 - a / np.where(f > 0, f, 1), 0, 1) * (f > 0))
+    if straight.all():
+        return line
+    a, b = np.where(straight, 1.0, a), np.where(straight, 1.0, b)
+    c = 1 + np.where(straight, 0.0, f - a) / b
     turn = b * (c + lambertw(-np.exp(-c)).real)
-    is_tensor = torch.is_tensor(depth_mm)
-    depth_mm = depth_mm if is_tensor else np.asarray(depth_mm, np.float64)
-    low = depth_mm.clip(0, turn)
-    rise = b / a * ((low - turn) / b).exp() if is_tensor else b / a * np.exp((low - turn) / b)
-    curve = _where(depth_mm < turn, rise - b / a * np.exp(-turn / b), 1 + (depth_mm - f) / a)
+    return _where_straight(straight, line, _exponential_then_line(depth_mm, f, a, b, turn))
+
+def _exponential_then_line(depth_mm, f, a, b, turn):
+    "The exponential-linear curve that turns from one into the other at the depth `turn`."
+    if torch.is_tensor(depth_mm):
+        f, a, b, turn = (torch.as_tensor(v, dtype=depth_mm.dtype, device=depth_mm.device) for v in (f, a, b, turn))
+        exp, low = torch.exp, torch.minimum(depth_mm.clip(min=0), turn)
+    else:
+        depth_mm = np.asarray(depth_mm, np.float64)
+        exp, low = np.exp, np.minimum(depth_mm.clip(0), turn)
+    curve = _where(depth_mm < turn, b / a * (exp((low - turn) / b) - exp(-turn / b)), 1 + (depth_mm - f) / a)
     return _where((depth_mm > f) | (depth_mm != depth_mm), 1.0, curve)
+
+def _where_straight(straight: np.ndarray, line, curve):
+    "`line` where the model is linear, else `curve`."
+    return _where(torch.as_tensor(straight, device=curve.device) if torch.is_tensor(curve) else straight, line, curve)
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #d9866995
 def fwhm_keV(

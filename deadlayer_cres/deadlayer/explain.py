@@ -4,16 +4,17 @@
 
 # %% auto #0
 __all__ = ['WINDOWS', 'SIGNED', 'SIZES', 'window_of_bin', 'window_name', 'logit', 'no_difference', 'captum_methods', 'occlusion',
-           'integrated_gradients', 'attention', 'independent_pairs', 'Explanation', 'explain_pairs', 'information',
-           'with_information', 'window_rows', 'rank_correlation', 'correlation_rows', 'explanation_figure',
-           'planted_cause', 'hit_rates', 'planted_rows', 'position_check', 'ends_rows', 'position_figure', 'Variation',
-           'nuisance_variations', 'transition_variations', 'scan_answer', 'thinned', 'vary_pseudo', 'vary_measured',
-           'explain_measured', 'tension_figure', 'pseudo_rows', 'measured_rows', 'variation_figure', 'Answers',
-           'explain', 'answer_figures', 'answer_sections', 'write_explanation']
+           'integrated_gradients', 'mean_query', 'attention', 'independent_pairs', 'Explanation', 'explain_pairs',
+           'information', 'with_information', 'window_rows', 'rank_correlation', 'correlation_rows',
+           'explanation_figure', 'planted_cause', 'hit_rates', 'planted_rows', 'position_check', 'ends_rows',
+           'position_figure', 'Variation', 'nuisance_variations', 'transition_variations', 'scan_answer', 'thinned',
+           'vary_pseudo', 'vary_measured', 'explain_measured', 'tension_figure', 'pseudo_rows', 'measured_rows',
+           'variation_figure', 'Answers', 'explain', 'answer_figures', 'answer_sections', 'write_explanation']
 
 # %% ../../nbs/deadlayer/42_explain.ipynb #c8674c97
 import os
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -122,16 +123,34 @@ def integrated_gradients(
     return value, gap
 
 # %% ../../nbs/deadlayer/42_explain.ipynb #4622f645
+@contextmanager
+def mean_query(pipeline: Callable) -> Iterator[None]:
+    "Within the context, the query of the attention is the mean of all states instead of the end states."
+    hook = pipeline.net.attention.register_forward_pre_hook(lambda module, args: (args[0], args[0].mean(1)))
+    try:
+        yield
+    finally:
+        hook.remove()
+
 @torch.no_grad()
 def attention(
     pipeline: Callable,
     counts1: torch.Tensor,  # (n, bins)
     counts2: torch.Tensor,  # (n, bins)
-    corrected: bool = False,  # subtract what there is without a difference
+    corrected: bool = False,  # without preference of the end states, less what there is without a difference
 ) -> np.ndarray:  # (n, segments), adds up to 1, or to 0 if corrected
     "Attention of the network to the segments of the spectrum."
-    found = pipeline.net(pipeline.prep(counts1, counts2), return_attention=True)[1].double().cpu().numpy()
-    return found - attention(pipeline, no_difference(pipeline, counts1, counts2), counts2) if corrected else found
+    x = pipeline.prep(counts1, counts2)
+    if not corrected:
+        return _segments(pipeline, x)
+    with mean_query(pipeline):
+        same = pipeline.prep(no_difference(pipeline, counts1, counts2), counts2)
+        return _segments(pipeline, x) - _segments(pipeline, same)
+
+def _segments(pipeline: Callable, x: torch.Tensor) -> np.ndarray:  # (n, segments)
+    "Attention to prepared inputs."
+    with torch.no_grad():
+        return pipeline.net(x, return_attention=True)[1].double().cpu().numpy()
 
 # %% ../../nbs/deadlayer/42_explain.ipynb #5207badd
 def independent_pairs(
@@ -351,11 +370,6 @@ def planted_rows(rows: Sequence[Mapping]) -> tuple[list[str], list[list[str]]]: 
         ["all", "", "", *(f"{e.value:.3f} ± {e.error:.3f}" for e in hit_rates(rows).values())]]
 
 # %% ../../nbs/deadlayer/42_explain.ipynb #1c11aca1
-def _segments(pipeline: Callable, x: torch.Tensor) -> np.ndarray:  # (n, segments)
-    "Attention to prepared inputs."
-    with torch.no_grad():
-        return pipeline.net(x, return_attention=True)[1].double().cpu().numpy()
-
 def position_check(
     pipeline: Callable,
     pairs: Pairs,  # with a difference
@@ -372,6 +386,8 @@ def position_check(
     inputs = {"pairs": x, "no difference": pipeline.prep(mean, mean), "noise only": pipeline.prep(*noisy),
               "constant": torch.zeros_like(x), "white noise": white, "moved": x.roll(steps // 2 * segment, -1)}
     found = {name: _segments(pipeline, v) for name, v in inputs.items()}
+    with mean_query(pipeline):
+        found |= {f"{name}, mean query": _segments(pipeline, inputs[name]) for name in ("pairs", "no difference")}
     out = {name: (v.mean(0), v.std(0, ddof=1) / np.sqrt(n)) for name, v in found.items()}
     here, moved = out["pairs"][0], out["moved"][0]
     follows = [float(np.corrcoef(moved, v)[0, 1]) for v in (here, np.roll(here, steps // 2))]
@@ -402,12 +418,13 @@ def position_figure(position: Mapping, edges_keV: np.ndarray, segment: int) -> F
     edges = np.append(np.asarray(edges_keV)[:-1:segment], edges_keV[-1])
     with figure(width=7, height=2.8) as (fig, ax):
         for k, (name, (mean, error)) in enumerate((k, v) for k, v in position.items() if k != "follows"):
-            ax.stairs(100 * mean, edges, label=name, color=COLOURS[k], linewidth=1.4 if k < 2 else 0.9)
-            ax.stairs(100 * (mean + error), edges, baseline=100 * (mean - error), fill=True, alpha=0.3, color=COLOURS[k])
+            colour, dashed = COLOURS[k % 6], "--" if "mean query" in name else "-"
+            ax.stairs(100 * mean, edges, label=name, color=colour, linestyle=dashed, linewidth=1.4 if k < 2 else 0.9)
+            ax.stairs(100 * (mean + error), edges, baseline=100 * (mean - error), fill=True, alpha=0.3, color=colour)
         ax.set(xlabel="energy [keV]", ylabel="attention [% per segment]", xlim=(edges[0], edges[-1]), ylim=(0, None))
         mark_lines(ax, BA133_MARKS)
         ax.legend(loc="upper left", ncols=3)
-        ax.set_ylim(0, 1.35 * ax.get_ylim()[1])
+        ax.set_ylim(0, 1.45 * ax.get_ylim()[1])
     return fig
 
 # %% ../../nbs/deadlayer/42_explain.ipynb #a44997c1

@@ -229,6 +229,23 @@ def test_position_check_tells_position_from_content(source, pairs):
     assert [r[0] for r in rows][-1] == "attention, no difference, mean query" and rows[0][1].startswith("0.00")
 
 
+def test_end_states_attract_attention_and_the_mean_query_does_not():
+    from deadlayer_cres.deadlayer.model import PairNet, PairNetConfig
+
+    torch.manual_seed(0)
+    net = PairNet(890, 2, PairNetConfig(attention="cosine", embedding=0, segment=10, hidden=16)).eval()
+    pipeline, noise = SimpleNamespace(net=net), torch.randn(100, 2, 890)
+
+    def ends():
+        share = ex._segments(pipeline, noise).mean(0)
+        return share[[0, -1]].mean() / share[10:-10].mean()
+
+    before = ends()
+    with ex.mean_query(pipeline):
+        assert ends() < 1.1 < 1.3 < before
+    assert ends() == before
+
+
 # --- what would change the answer ---
 
 

@@ -275,7 +275,8 @@ def rank_correlation(
     width = np.array([high - low for low, high, _ in found.windows])
     value = np.stack([found.per_window(m) * (np.sign(found.logit)[:, None] if m in SIGNED else 1) for m in names])
     draws = [np.arange(value.shape[1])] + [rng.integers(0, value.shape[1], value.shape[1]) for _ in range(copies)]
-    r = np.array([np.corrcoef(rankdata(value[:, d].mean(1) / width, axis=1)) for d in draws])
+    with np.errstate(invalid="ignore"):  # a method that is the same everywhere has no ranks, and no correlation
+        r = np.nan_to_num([np.corrcoef(rankdata(value[:, d].mean(1) / width, axis=1)) for d in draws])
     error = r[1:].std(0, ddof=1)
     return {a: {b: (float(r[0, i, j]), float(error[i, j])) for j, b in enumerate(names)} for i, a in enumerate(names)}
 

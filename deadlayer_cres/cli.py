@@ -6,8 +6,9 @@
 __all__ = ['DEMO_MEASUREMENT', 'VERBS', 'Parser', 'fail', 'guarded', 'check_target', 'add_simulate', 'setup_from_args',
            'simulate', 'random_labels', 'add_prepare', 'prepare', 'print_pairs', 'add_train', 'train',
            'config_from_args', 'describe', 'add_evaluate', 'evaluate', 'run_parts', 'add_infer', 'infer', 'one_row',
-           'answer', 'add_fit', 'fit', 'write_fit', 'fit_rows', 'add_compare', 'compare', 'add_demo', 'demo_config',
-           'demo', 'demo_spectra', 'demo_rows', 'run_program', 'deadlayer']
+           'answer', 'add_fit', 'fit', 'write_fit', 'fit_rows', 'add_explain', 'explain', 'explain_parts',
+           'add_compare', 'compare', 'add_demo', 'demo_config', 'demo', 'demo_spectra', 'demo_rows', 'run_program',
+           'deadlayer']
 
 # %% ../nbs/90_cli.ipynb #52fa5860
 import os
@@ -421,6 +422,73 @@ def fit_rows(peaks, full, check) -> dict:
                              f"DLF {r['dlf']:.3f} +{r['dlf_up']:.3f} -{r['dlf_down']:.3f}, p = {r['p_value']:.1e}")
     return rows
 
+# %% ../nbs/90_cli.ipynb #d0e1c76b
+def add_explain(p: Parser) -> None:
+    p.add_argument("run", type=str, help="run folder")
+    p.add_argument("--spectrum", type=str, help="measured spectrum (published layout, LH5 or store)")
+    p.add_argument("--row", type=int | None, help="which spectrum, counted from 0, if the file holds several")
+    p.add_argument("--data", nargs="+", type=str, help="store or folders with the Monte-Carlo; default: as in training")
+    p.add_argument("--out", type=str, required=True, help="folder for the report; an earlier one is replaced")
+    p.add_argument("--pairs", type=int, default=200, help="pairs of test spectra to average over")
+    p.add_argument("--max_dfccd_in_mm", type=float, default=0.1, help="largest difference in FCCD of a pair")
+    p.add_argument("--detectors", type=int, default=6, help="spectra to plant causes in")
+    p.add_argument("--decays", type=int, default=3_000_000, help="of each of four simulations of the transition layer")
+    p.add_argument("--degrees", nargs=2, type=int, default=[24, 12], help="of the emulator, in FCCD and DLF")
+    p.add_argument("--seed", type=int, default=0)
+
+def explain(args: Namespace) -> None:
+    "Say where a trained network looks, whether it should, and what would change its answer."
+    from deadlayer_cres.deadlayer import explain as why
+    from deadlayer_cres.deadlayer.data import read_spectra
+    from deadlayer_cres.deadlayer.infer import check_measured
+    from deadlayer_cres.deadlayer.train import load_run
+
+    for name in ("pairs", "detectors", "decays", "max_dfccd_in_mm"):
+        if not getattr(args, name) > 0:
+            raise ConfigError("a number above 0", str(getattr(args, name)), row=f"--{name}")
+    why.captum_methods()
+    run, config, pipeline = load_run(args.run)
+    parts, measured = run_parts(config, pipeline, args.data), None
+    facts = {"run": run.path, "spectrum": args.spectrum or "none", "seed": args.seed}
+    if args.spectrum:
+        measured, facts["row"] = one_row(read_spectra(args.spectrum), args.row, args.spectrum)
+        measured = measured.select_energy(config.data.low_keV, config.data.high_keV).rebin(config.data.rebin)
+        with about(args.spectrum):
+            check_measured(measured, next(iter(parts.values()))["train"])
+    answers, counts = explain_parts(config, pipeline, parts, measured, args)
+    report = why.write_explanation(answers, args.out, counts, pipeline.net.config.segment, facts=facts)
+    rates = why.hit_rates(answers.planted)
+    print_pairs("Planted causes found", {m: f"{e.value:.3f} ± {e.error:.3f} of {e.n}" for m, e in rates.items()})
+    if measured is not None:
+        header, *rows = why.measured_rows(answers.measured)[1]
+        print_pairs("FCCD [mm], corrected for", {header[0]: header[2]} | {r[0]: f"{r[2]}, {r[-1]}" for r in rows})
+    print(f"report: {report}")
+
+# %% ../nbs/90_cli.ipynb #d5ac71cb
+def explain_parts(config, pipeline, parts: dict, measured, args: Namespace) -> tuple:
+    "Explain a network with the spectra of its run; returns the answers and a spectrum (bins,) to draw."
+    from deadlayer_cres.deadlayer import explain as why
+    from deadlayer_cres.deadlayer.data import concatenate
+    from deadlayer_cres.deadlayer.infer import validation_temperature
+    from deadlayer_cres.deadlayer.likelihood import fit_emulator
+    from deadlayer_cres.deadlayer.prep import PairSource
+    from deadlayer_cres.deadlayer.simulate import simulate_hits
+    from deadlayer_cres.deadlayer.train import pair_source
+
+    family = parts[config.pairs.first if config.pairs.reference == "same" or "dlf1" not in parts else "dlf1"]
+    with about(", ".join(config.data.spectra)):
+        source = pair_source(parts, "test", config.pairs)
+        valid = PairSource(parts[config.pairs.first]["valid"], family["valid"])
+        temperature = validation_temperature(pipeline, valid, seed=config.train.seed)
+        emulator = fit_emulator(concatenate([p["train"] for p in parts.values()]), tuple(args.degrees))
+        references = concatenate(list(family.values()))
+        simulated = concatenate([s for p in parts.values() for s in p.values()])
+    hits = [simulate_hits(args.decays, seed=args.seed + 1 + k, progress_bar=True) for k in range(4)]
+    answers = why.explain(pipeline, source, emulator, references, simulated, hits, measured, temperature,
+                          pairs=args.pairs, max_dfccd_in_mm=args.max_dfccd_in_mm,
+                          planted={"detectors": args.detectors}, seed=args.seed)
+    return answers, (source.mean1.mean(0).cpu().numpy() if measured is None else measured.counts[0])
+
 # %% ../nbs/90_cli.ipynb #0cd9b7ce
 def add_compare(p: Parser) -> None:
     p.add_argument("runs", nargs="+", type=str, help="evaluated run folders")
@@ -525,6 +593,7 @@ VERBS = {
     "evaluate": (evaluate, add_evaluate, "deadlayer evaluate runs/a --data mc.h5"),
     "fit": (fit, add_fit, "deadlayer fit measured.h5 --data mc.h5 --out fits/a"),
     "infer": (infer, add_infer, "deadlayer infer runs/a --spectrum measured.h5 --reference mc.h5"),
+    "explain": (explain, add_explain, "deadlayer explain runs/a --spectrum measured.h5 --out why"),
     "compare": (compare, add_compare, "deadlayer compare runs/a runs/b --out comparison"),
     "demo": (demo, add_demo, "deadlayer demo --out demo"),
 }

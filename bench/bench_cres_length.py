@@ -8,7 +8,7 @@ a length all rows are of the same events; there are fewer of them in records of 
 
 - `mean`: the mean of the training events;
 - `brightest_bin`, `matched_filter`, `matched_filter_mean`: of `cres.detect` (the bank's time grows with the square of
-  the length, so it is left out beyond 49,152 samples);
+  the length, so it is left out beyond 24,576 samples);
 - `comb`: `cres.comb`, combs without a trap model and a regression on labelled events of another seed;
 - `posterior`: `cres.fit.Ridge`, default settings;
 - `likelihood`: `cres.refine.Fitter` from the best places of the posterior, no network; beyond 100 microseconds of that
@@ -50,7 +50,7 @@ WHAT = {"mean": "predict the mean", "brightest_bin": "brightest bin",
 TARGETS = ("energy_eV", "pitch_angle_deg")
 PUBLISHED = {"core_sigma_eV": {"4096": 3.51, "8192": 1.43, "12000": 1.26}, "goal_eV": 0.3,
              "source": "notebooks of chreissel/neutrino_project; goal: Project 8, indico.global/event/15740"}
-LONG = 49_152  # samples of the longest records for the bank; of longer ones there are fewer events
+BANK, LONG = 24_576, 49_152  # samples of the longest records for the bank; of longer ones there are fewer events
 
 
 def simulator_of(samples: int) -> Simulator:
@@ -112,7 +112,7 @@ def predictions(samples: int, n: int, train: int, runs: Path | None) -> dict[str
     bin_ = BrightestBin()
     bin_.learn(simulator.reseeded("train").events(min(some, 1024), noise="added"))
     row("brightest_bin", search, bin_, events)
-    if samples <= LONG:
+    if samples <= BANK:
         bank = MatchedFilter(simulator, batch=max(1, 32 * 8192 // max(samples, 8192)))
         row("matched_filter", search, bank, events)
         found["matched_filter_mean"] = bank_mean(found["matched_filter"][0]), found["matched_filter"][1]

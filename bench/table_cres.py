@@ -46,7 +46,7 @@ def figures(merit: dict, name: str) -> dict:
     found = {k: merit["all"][k] for k in ("rms", "core_sigma", "median_abs", "tail_fraction")}
     if name not in CONSTANT and "resolution_at_efficiency" in merit:
         found["best_quarter"] = merit["resolution_at_efficiency"]["25"]["rms"]
-    if "limit" in merit:
+    if "limit" in merit and name != "limit":
         found["ratio"] = merit["limit"]["rms_ratio"]
     return found | {"events": merit["resolution_at_efficiency"]["100"]["events"]}
 

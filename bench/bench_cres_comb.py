@@ -46,8 +46,9 @@ START = {"background_T": 0.959, "current_A": 32.87, "bucking_A": -2.33, "amplitu
 def fitted(simulator: Simulator, n: int) -> tuple[CombFit, dict, dict, float]:
     "Combs, labels and observables of the first n events, and CPU seconds of the fit alone."
     fits, labels, seen, seconds = [], [], [], 0.0
-    for a in range(0, n, 512):
-        events = simulator.events(min(512, n - a), a, noise="added")
+    size = min(512, 2**24 // simulator.config.receiver.samples)
+    for a in range(0, n, size):
+        events = simulator.events(min(size, n - a), a, noise="added")
         began = time.process_time()
         fits.append(fit_comb(events, CONFIG))
         seconds += time.process_time() - began

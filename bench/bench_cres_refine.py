@@ -1,11 +1,13 @@
 """What the likelihood adds to a network, and to the posterior: errors, coverage and time, beside the limit.
 
-    python bench/bench_cres_refine.py --run runs/cca-8k --exact cca-8k=limit_cca8k.csv --exact cca-24k=limit_cca24k.csv
+    python bench/bench_cres_refine.py --run cca-8k=runs/cca-8k/fold --run cca-24k=runs/cca-24k/fold \\
+        --exact cca-8k=limit_cca8k.csv --exact cca-24k=limit_cca24k.csv
 
 On the first events of `cca-8k` and `cca-24k`, with standard errors:
 
 - `blind`: the middle of the ranges;
-- `network`: the run given with `--run`, on the set whose length it was trained on;
+- `network`: the runs given with `--run`;
+- `posterior`: the mean of the posterior of `cres.fit.Ridge`, default settings;
 - `network, refined`: what `cres infer --refine` writes, `cres.refine.Refiner` with its default settings;
 - `network modes, fitted`: `cres.refine.Fitter` from the modes of the network alone, at three radii each, weighed
   by evidence;
@@ -13,7 +15,8 @@ On the first events of `cca-8k` and `cca-24k`, with standard errors:
 - `limit`: the mean of the exact posterior, from a table of `cres.evaluate.write_table` given with `--exact`, else
   calculated by `cres.fit.Ridge` with the settings `RidgeConfig.exact()`.
 
-Single-mode events are those that the refined table flags. Times are those of the process (CPU seconds) per event.
+Single-mode events are those that the refined table flags. `merit` holds the figures of merit of
+`cres.evaluate.figures_of_merit`. Times are those of the process (CPU seconds) per event.
 """
 import argparse
 import sys
@@ -25,13 +28,14 @@ import torch
 from machine import about
 
 from deadlayer_cres.core import atomic_path, write_json
-from deadlayer_cres.cres.evaluate import Predictions, read_table, reconstruct, residual
+from deadlayer_cres.cres.evaluate import Predictions, figures_of_merit, read_table, reconstruct, residual
 from deadlayer_cres.cres.fit import Ridge, RidgeConfig, summaries
 from deadlayer_cres.cres.refine import Fitter, Refiner, compare_posteriors
 from deadlayer_cres.cres.simulate import CHECKSUMS, TEST_SETS, Simulator, test_set
 
 ROOT = Path(__file__).resolve().parents[1]
 TARGETS = ("energy_eV", "pitch_angle_deg")
+SLOW = 512  # most events whose fits begin with the modes of the network
 
 
 def rounded(value) -> float:
@@ -58,7 +62,7 @@ def merits(p: Predictions, limit: Predictions, single: np.ndarray, seconds: floa
            "single_mode_rms_eV": rms(r[single]),
            "single_mode_ratio": rounded(np.median(np.abs(r[single]) / limit.sigma[single, 0]) / 0.6745),
            "coverage_1_sigma": share(np.abs(r) < sigma), "coverage_2_sigma": share(np.abs(r) < 2 * sigma),
-           "z_score_rms": rms(r / sigma)}
+           "z_score_rms": rms(r / sigma), "merit": figures_of_merit(p, limit=limit)["energy_eV"]}
     return out | ({} if seconds is None else {"seconds_per_event": rounded(seconds / len(r))})
 
 
@@ -71,9 +75,14 @@ def exact_of(name: str, events, table: str | None) -> tuple[Predictions, float |
     "Exact posterior means of the events, from a table or calculated."
     if table is not None:
         return read_table(table)[:len(events)], None
-    s, seconds = timed(summaries, Ridge(Simulator(TEST_SETS[name]), RidgeConfig.exact()), events.ts)
+    return timed(means, Ridge(Simulator(TEST_SETS[name]), RidgeConfig.exact()), events)
+
+
+def means(ridge: Ridge, events) -> Predictions:
+    "Means and standard deviations of posteriors."
+    s = summaries(ridge, events.ts)
     mean, sigma = (np.stack([s[f"{k}_{what}"] for k in TARGETS], 1) for what in ("mean", "sigma"))
-    return Predictions(TARGETS, mean, sigma, truth=events.columns), seconds
+    return Predictions(TARGETS, mean, sigma, truth=events.columns)
 
 
 def fitted(fitter: Fitter, events, starts, keep: int = 2) -> Predictions:
@@ -96,10 +105,11 @@ def main(name: str, n: int, table: str | None, run: str | None) -> dict:
     if run is not None:
         from deadlayer_cres.cres.train import load_run
 
-        _, config, pipeline = load_run(run, simulator.device)
-        if config.data.samples == events.samples:
-            found["network"], times["network"] = timed(reconstruct, pipeline, events, "none")
+        pipeline = load_run(run, simulator.device)[2]
+        reconstruct(pipeline, events[:64], "none")
+        found["network"], times["network"] = timed(reconstruct, pipeline, events, "none")
     refiner = Refiner(simulator)
+    found["posterior"], times["posterior"] = timed(means, refiner.ridge, events)
     (refined, flags), times["network, refined"] = timed(refiner, found.get("network", blind), events.ts)
     found["network, refined"] = refined
     times["network, refined"] += times.get("network") or 0
@@ -112,8 +122,9 @@ def main(name: str, n: int, table: str | None, run: str | None) -> dict:
             grid = torch.cat([m.repeat_interleave(3, 1), radii.repeat(m.shape[1]).expand(len(m), -1)[..., None]], 2)
             return grid
 
-        found["network modes, fitted"], times["network modes, fitted"] = timed(fitted, fitter, events, network_modes)
-        times["network modes, fitted"] += times["network"]
+        label = "network modes, fitted"
+        found[label], times[label] = timed(fitted, fitter, events[:SLOW], network_modes)
+        times[label] += times["network"] * len(found[label]) / n
 
     def posterior_places(a):
         rows = [fitter.starts(refiner.ridge(torch.as_tensor(events.ts[b:min(b + 16, a + 64)])), samples, 24)
@@ -125,7 +136,7 @@ def main(name: str, n: int, table: str | None, run: str | None) -> dict:
     found["limit"] = limit
     single = flags["single_mode"]
     out = {"events": n, "checksum": CHECKSUMS[name], "flags": {k: share(v) for k, v in flags.items()},
-           **{k: merits(p, limit, single, times.get(k)) for k, p in found.items()}}
+           **{k: merits(p, limit[:len(p)], single[:len(p)], times.get(k)) for k, p in found.items()}}
     if "network" in found:
         out["network against posterior"] = compared(refiner, found["network"][:256], events.ts[:256])
     return out
@@ -143,15 +154,16 @@ def compared(refiner: Refiner, p: Predictions, ts) -> dict:
 
 if __name__ == "__main__":
     parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
-    parser.add_argument("--events", type=int, default=512)
+    parser.add_argument("--events", type=int, default=1024)
     parser.add_argument("--sets", nargs="+", default=["cca-8k", "cca-24k"])
-    parser.add_argument("--run", help="folder of a trained run")
+    parser.add_argument("--run", action="append", default=[], help="set=folder of a run trained on its length")
     parser.add_argument("--exact", action="append", default=[], help="set=table of its exact posteriors")
     parser.add_argument("--out", default=str(ROOT / "bench/results/cres_refine.json"))
     args = parser.parse_args()
-    tables, results = dict(pair.split("=", 1) for pair in args.exact), about()
+    tables, runs = (dict(pair.split("=", 1) for pair in pairs) for pairs in (args.exact, args.run))
+    results = about()
     for name in args.sets:
-        results[name] = main(name, args.events, tables.get(name), args.run)
+        results[name] = main(name, args.events, tables.get(name), runs.get(name))
         rows = {k: v["rms_eV"] for k, v in results[name].items() if isinstance(v, dict) and "rms_eV" in v}
         print(name, rows, flush=True)
         with atomic_path(args.out) as part:

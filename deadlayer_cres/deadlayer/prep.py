@@ -95,7 +95,7 @@ class NuisanceConfig:
             raise ConfigError("relative changes below 1", f"{self.resolution:g}, {self.scale:g}", row="pairs.nuisance")
 
 # %% ../../nbs/deadlayer/13_prep.ipynb #aa3334c7
-NUISANCES = ("shift_keV", "gain", "resolution", "scale", "background", "flat")
+NUISANCES = ("shift_keV", "gain", "resolution", "scale", "flat", "exponential")
 BACKGROUND_KEV = 100.0
 "Decay energy of the exponential part of the background."
 
@@ -126,7 +126,8 @@ class Nuisance:
         c = self.config
         width = (c.shift_keV, c.gain, c.resolution, c.scale)
         found = {k: w * (2 * x - 1) for k, w, x in zip(NUISANCES[:4], width, u[:4], strict=True)}
-        return found | {"scale": 1 + found["scale"], "background": c.background * u[4], "flat": u[5]}
+        share = {"flat": c.background * u[4] * u[5], "exponential": c.background * u[4] * (1 - u[5])}
+        return found | {"scale": 1 + found["scale"]} | share
 
     def __call__(
         self,
@@ -134,8 +135,8 @@ class Nuisance:
         values: dict[str, torch.Tensor | float],  # names out of `NUISANCES`, each (n,) or a number; nominal if missing
     ) -> torch.Tensor:  # (n, bins)
         "The distorted spectra."
-        t, nominal = self.tables, {"scale": 1.0, "flat": 0.5}
-        v = {k: torch.as_tensor(values.get(k, nominal.get(k, 0.0)), dtype=mean.dtype, device=mean.device)
+        t = self.tables
+        v = {k: torch.as_tensor(values.get(k, float(k == "scale")), dtype=mean.dtype, device=mean.device)
              .expand(len(mean))[:, None] for k in NUISANCES}
         area = mean @ t["weights"].T  # (n, lines)
         rest = mean - area @ t["plain"]
@@ -148,8 +149,7 @@ class Nuisance:
             at = t["lines"] + v["shift_keV"] + v["gain"] * (t["lines"] - self.pivot)
             z = (t["line_edges"] - at[:, :, None]) / (t["sigma"] * (1 + v["resolution"]))[:, :, None]
             total.index_add_(1, self.where, (area[:, :, None] * torch.special.ndtr(z).diff(dim=2)).flatten(1))
-        extra = mean.sum(1, keepdim=True) * v["background"] * (
-            v["flat"] * t["floor"] + (1 - v["flat"]) * t["tail"])
+        extra = mean.sum(1, keepdim=True) * (v["flat"] * t["floor"] + v["exponential"] * t["tail"])
         return v["scale"] * (total + extra).clamp(min=1e-9)
 
 # %% ../../nbs/deadlayer/13_prep.ipynb #d0861692

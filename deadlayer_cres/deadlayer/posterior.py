@@ -4,12 +4,13 @@
 
 # %% auto #0
 __all__ = ['SURE', 'SCORES', 'PRIOR_SIGMA', 'emulate', 'reference_spectra', 'Scans', 'scan_spectra', 'Experiments',
-           'pseudo_experiments', 'Calibration', 'dlf_offset', 'calibrate', 'Posteriors', 'infer_posterior', 'sbc',
-           'sbc_figure', 'fisher_limit', 'best_description', 'window_fits', 'Guard', 'fit_guard', 'guard_warnings',
-           'guard_figure', 'Loop', 'iterate', 'loop_figure', 'posterior_figure']
+           'pseudo_experiments', 'Pivot', 'fit_pivot', 'Calibration', 'dlf_offset', 'calibrate', 'Posteriors',
+           'infer_posterior', 'sbc', 'sbc_figure', 'fisher_limit', 'best_description', 'window_fits', 'Guard',
+           'fit_guard', 'guard_warnings', 'guard_figure', 'Loop', 'iterate', 'loop_figure', 'posterior_figure',
+           'Answer', 'start_from_peaks', 'answer']
 
 # %% ../../nbs/deadlayer/41_posterior.ipynb #9356f4b0
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
 import numpy as np
@@ -21,11 +22,13 @@ from scipy.stats import kstest
 from sklearn.isotonic import IsotonicRegression
 
 from ..core import DataError, numpy_rng, progress, torch_rng
-from .data import Spectra
+from .data import Spectra, concatenate
 from .infer import LEVELS, agreement, check_measured
 from .likelihood import Emulator, fit_emulator
+from .peaks import calibrate as calibrate_peaks
+from .peaks import intensity_table, peak_ratio
 from .prep import NUISANCES, Nuisance, NuisanceConfig
-from ..plots import COLOURS, figure, step_spectrum
+from ..plots import COLOURS, Section, Table, figure, step_spectrum
 
 # %% ../../nbs/deadlayer/41_posterior.ipynb #341f3e33
 def emulate(
@@ -56,6 +59,11 @@ class Scans:
 
     def __len__(self) -> int:
         return len(self.logit)
+
+    def where(self) -> np.ndarray:  # (n, 2)
+        "FCCD at balance and the network's median DLF (0.5 if it gives none)."
+        fccd = [np.interp(0, -z, x) for x, z in zip(self.fccd_in_mm, self.logit, strict=True)]
+        return np.stack([fccd, np.full(len(self), 0.5) if self.dlf is None else self.dlf[:, 1]], 1)
 
     def at(self, fccd_in_mm: np.ndarray) -> np.ndarray:  # (n,)
         "The logit at one FCCD per spectrum."
@@ -160,32 +168,72 @@ def _knots(sample: np.ndarray) -> np.ndarray:
     q = np.quantile(sample, ndtr(SCORES))
     return np.maximum.accumulate(q) + 1e-9 * np.arange(len(q)) * (1 + np.ptp(q))
 
+def _terms(where: np.ndarray) -> np.ndarray:  # (n, 6)
+    "Quadratic polynomial in FCCD and DLF."
+    f, d = np.asarray(where, float).T[:2] - np.array([[1.0], [0.5]])
+    return np.stack([np.ones_like(f), f, d, f * f, f * d, d * d], 1)
+
+@dataclass(frozen=True, eq=False)
+class Pivot:
+    "The law of a quantity over pseudo-experiments: location and spread vary with FCCD and DLF, the shape does not."
+
+    location: np.ndarray  # (6,) coefficients of `_terms`
+    spread: np.ndarray  # (6,) of the logarithm
+    knots: np.ndarray  # (13,) of the normalised quantity, at `SCORES`
+
+    def score(self, value: np.ndarray, where: np.ndarray) -> np.ndarray:  # value (n, ...), where (n, 2)
+        "Normal score of values."
+        m, s = self._law(where, np.ndim(value))
+        return _line((np.asarray(value, float) - m) / s, self.knots, SCORES)
+
+    def value(self, score: float, where: np.ndarray) -> np.ndarray:  # (n,)
+        "The value at a normal score."
+        m, s = self._law(where, 1)
+        return m + s * _line(np.array([score]), SCORES, self.knots)[0]
+
+    def _law(self, where: np.ndarray, dims: int) -> tuple[np.ndarray, np.ndarray]:
+        t = _terms(where)
+        return tuple(v.reshape(-1, *[1] * (dims - 1)) for v in (t @ self.location, np.exp(t @ self.spread)))
+
+def fit_pivot(
+    sample: np.ndarray,  # (n,) the quantity at the truth
+    where: np.ndarray,  # (n, 2) FCCD in mm and DLF as estimated
+) -> Pivot:
+    "Fit location, spread and shape; values beyond four spreads are drawn in for the first two."
+    t, middle = _terms(where), np.median(sample)
+    wide = 4 * np.diff(np.quantile(sample, [0.16, 0.84]))[0] / 2 + 1e-9
+    ridge = 1e-3 * len(t) * np.diag([0, 1, 1, 1, 1, 1])
+    def fit(y):
+        return np.linalg.solve(t.T @ t + ridge, t.T @ y)
+    location = fit(np.clip(sample, middle - wide, middle + wide))
+    off = sample - t @ location
+    size = np.log(np.clip(np.abs(off), wide / 400, wide))
+    spread = fit(size)
+    spread[0] += 0.635  # -E[ln |N(0, 1)|]
+    return Pivot(location, spread, _knots(off / np.exp(t @ spread)))
+
 @dataclass(frozen=True, eq=False)
 class Calibration:
     "What the answers of a network mean, learnt from validation spectra."
 
-    logit: np.ndarray  # (13,) of the FCCD scan, at normal scores `SCORES`
-    band: np.ndarray | None  # (13,) of DLF in units of the band
+    logit: Pivot  # of the FCCD scan at the truth
+    band: Pivot | None  # of DLF in units of the band
     experiments: int
     spectra: int  # different ones among the experiments
 
-    def probability(self, logit: np.ndarray) -> np.ndarray:
-        "P(FCCD > reference) from the logit of the network."
-        return ndtr(self.score(logit))
+    def score(self, logit: np.ndarray, where: np.ndarray) -> np.ndarray:  # logit (n, ...), where (n, 2)
+        "Normal score of P(FCCD > reference) from the logit of the network."
+        return self.logit.score(logit, where)
 
-    def score(self, logit: np.ndarray) -> np.ndarray:
-        "Normal score of the same."
-        return _line(np.asarray(logit, float), self.logit, SCORES)
-
-    def dlf(self, quantiles: np.ndarray, level: float) -> np.ndarray:  # (n,)
+    def dlf(self, quantiles: np.ndarray, level: float, where: np.ndarray) -> np.ndarray:  # (n,)
         "The quantile of DLF at `level`, from the (n, 3) quantiles of the network."
         low, middle, high = logit(np.clip(quantiles, 1e-6, 1 - 1e-6)).T
-        u = _line(np.array([ndtri(level)]), SCORES, self.band)[0]
-        return expit(middle + u * np.maximum(high - middle if u > 0 else middle - low, 1e-6))
+        u = self.band.value(ndtri(level), where)
+        return expit(middle + u * np.maximum(np.where(u > 0, high - middle, middle - low), 1e-6))
 
-    def dlf_score(self, quantiles: np.ndarray, dlf: np.ndarray) -> np.ndarray:  # (n,)
+    def dlf_score(self, quantiles: np.ndarray, dlf: np.ndarray, where: np.ndarray) -> np.ndarray:  # (n,)
         "Normal score of a DLF."
-        return _line(dlf_offset(quantiles, dlf), self.band, SCORES)
+        return self.band.score(dlf_offset(quantiles, dlf), where)
 
 def dlf_offset(
     quantiles: np.ndarray,  # (n, 3)
@@ -209,8 +257,9 @@ def calibrate(
     drawn = nuisance if nuisance is not None and nuisance.draw else None
     e = pseudo_experiments(held_out, n, drawn, seed, device=device)
     scans = scan_spectra(pipeline, e.counts, references)
-    band = None if scans.dlf is None else _knots(dlf_offset(scans.dlf, e.dlf))
-    return Calibration(_knots(scans.at(e.fccd_in_mm)), band, n, len(np.unique(e.row)))
+    where = scans.where()
+    band = None if scans.dlf is None else fit_pivot(dlf_offset(scans.dlf, e.dlf), where)
+    return Calibration(fit_pivot(scans.at(e.fccd_in_mm), where), band, n, len(np.unique(e.row)))
 
 # %% ../../nbs/deadlayer/41_posterior.ipynb #0a92998f
 @dataclass(frozen=True, eq=False)
@@ -220,9 +269,13 @@ class Posteriors:
     scans: Scans
     calibration: Calibration
 
+    def probability(self, logit: np.ndarray) -> np.ndarray:
+        "P(FCCD > reference) from logits (n, ...) of the network for these n spectra."
+        return ndtr(self.calibration.score(logit, self.scans.where()))
+
     def quantile(self, level: float) -> np.ndarray:  # (n,) mm
         "The quantile of FCCD."
-        rising = -self.calibration.score(self.scans.logit)
+        rising = -self.calibration.score(self.scans.logit, self.scans.where())
         return np.array([np.interp(ndtri(level), t, f) for t, f in zip(rising, self.scans.fccd_in_mm, strict=True)])
 
     def interval(self, name: str) -> np.ndarray:  # (n, 2) mm
@@ -237,22 +290,22 @@ class Posteriors:
     def density(self, k: int = 0) -> tuple[np.ndarray, np.ndarray]:  # FCCD in mm, and 1/mm
         "The posterior density of spectrum `k`, between the references."
         x = self.scans.fccd_in_mm[k]
-        cdf = 1 - self.calibration.probability(self.scans.logit[k])
+        cdf = 1 - self.probability(self.scans.logit)[k]
         return (x[1:] + x[:-1]) / 2, np.diff(cdf) / np.maximum(np.diff(x), 1e-12)
 
     def rank(self, fccd_in_mm: np.ndarray) -> np.ndarray:  # (n,) uniform if calibrated
         "The posterior distribution function at the true FCCD."
-        return 1 - self.calibration.probability(self.scans.at(fccd_in_mm))
+        return 1 - self.probability(self.scans.at(fccd_in_mm))
 
     def dlf(self, level: float) -> np.ndarray:  # (n,)
         "The quantile of DLF; a `DataError` if the network gives none."
         if self.scans.dlf is None:
             raise DataError("a network of mode quantiles", "one that says nothing of DLF")
-        return self.calibration.dlf(self.scans.dlf, level)
+        return self.calibration.dlf(self.scans.dlf, level, self.scans.where())
 
     def dlf_rank(self, dlf: np.ndarray) -> np.ndarray:  # (n,)
         "The posterior distribution function at the true DLF."
-        return ndtr(self.calibration.dlf_score(self.scans.dlf, dlf))
+        return ndtr(self.calibration.dlf_score(self.scans.dlf, dlf, self.scans.where()))
 
     def summary(self, k: int = 0) -> dict:
         "The answer for spectrum `k`."
@@ -376,16 +429,23 @@ def window_fits(
     counts: torch.Tensor,  # (n, bins)
     expected: np.ndarray,  # (n, bins)
     emulator: Emulator,
-) -> list[list[dict]]:  # for each spectrum the rows of `infer.agreement`
+    inflation: np.ndarray | float = 1.0,  # (windows,) by which chi2 is divided
+) -> list[list[dict]]:  # for each spectrum the rows of `infer.agreement`, with the p-value of the divided chi2
     "Goodness of fit window by window."
-    numbers = counts.double().cpu().numpy()
-    return [agreement(n, mu, emulator.edges_keV, emulator.exposure) for n, mu in zip(numbers, expected, strict=True)]
+    found = []
+    for n, mu in zip(counts.double().cpu().numpy(), expected, strict=True):
+        rows = agreement(n, mu, emulator.edges_keV, emulator.exposure)
+        for r, c in zip(rows, np.broadcast_to(inflation, len(rows)), strict=True):
+            r["p_value"] = float(chi2_law.sf(r["chi2"] / c, r["bins"]))
+        found.append(rows)
+    return found
 
 @dataclass(frozen=True)
 class Guard:
     "Says whether a simulation describes a measured spectrum."
 
     emulator: Emulator
+    inflation: np.ndarray  # (windows,) by which chi2 is divided
     p_value: float  # threshold on the smallest p-value of the windows
     false_alarm: float  # share of described spectra that fall below it
     experiments: int
@@ -399,7 +459,7 @@ class Guard:
         counts = torch.as_tensor(counts, dtype=torch.float32)
         values, expected = best_description(counts, self.emulator, fccd_in_mm, dlf)
         verdicts = []
-        for k, rows in enumerate(window_fits(counts, expected, self.emulator)):
+        for k, rows in enumerate(window_fits(counts, expected, self.emulator, self.inflation)):
             bad = [f"{r['low_keV']:g}-{r['high_keV']:g} keV" for r in rows if r["p_value"] < self.p_value]
             verdicts.append({"described": not bad, "disagree": bad, "windows": rows, "expected": expected[k],
                              "parameters": {name: float(v[k]) for name, v in values.items()}})
@@ -416,12 +476,14 @@ def fit_guard(
     "Set the threshold on pseudo-experiments."
     drawn = nuisance if nuisance is not None and nuisance.draw else NuisanceConfig(draw=True)
     e = pseudo_experiments(held_out, n, drawn, seed)
-    parts = np.array_split(np.arange(n), -(-n // 250))
-    least = []
-    for part in progress(parts, "guard", unit="batch", leave=False):
+    rows = []
+    for part in progress(np.array_split(np.arange(n), -(-n // 100)), "guard", unit="batch", leave=False):
         _, expected = best_description(e.counts[part], emulator, e.fccd_in_mm[part], e.dlf[part])
-        least += [min(r["p_value"] for r in rows) for rows in window_fits(e.counts[part], expected, emulator)]
-    return Guard(emulator, float(np.quantile(least, false_alarm)), false_alarm, n)
+        rows += window_fits(e.counts[part], expected, emulator)
+    chi2, bins = (np.array([[r[name] for r in one] for one in rows]) for name in ("chi2", "bins"))
+    inflation = np.maximum(np.quantile(chi2 / chi2_law.isf(0.01, bins), 0.99, axis=0), 1.0)
+    least = chi2_law.sf(chi2 / inflation, bins).min(1)
+    return Guard(emulator, inflation, float(np.quantile(least, false_alarm)), false_alarm, n)
 
 def guard_warnings(verdict: dict) -> list[str]:
     "What a reader must know of a verdict of `Guard.check`."
@@ -492,13 +554,14 @@ def iterate(
         reference = torch.as_tensor(emulator.mean(f, dlf), dtype=torch.float32, device=device)
         answer = pipeline(x, reference)[0].double().cpu().numpy()
         z, last = float(answer[0]), f
-        score = float(calibration.score(z))
+        middle = float(answer[2]) if len(answer) == 4 else 0.5
+        score = float(calibration.score(np.array([z]), np.array([[f, middle]]))[0])
         balanced = abs(score) < tolerance
         verdict = "balanced" if balanced else "thicker" if score > 0 else "thinner"
         steps.append({"step": k, "fccd_in_mm": f, "dlf": dlf, "logit": z, "probability": float(ndtr(score)),
                       "verdict": verdict})
         if len(answer) == 4:
-            dlf = float(calibration.dlf(answer[None, 1:], 0.5)[0])
+            dlf = float(calibration.dlf(answer[None, 1:], 0.5, np.array([[f, middle]]))[0])
         if balanced and k:
             break
         f, move = _next(ends, f, score, move, low, high)
@@ -540,7 +603,7 @@ def loop_figure(loop: Loop) -> Figure:
 def posterior_figure(posterior: Posteriors, k: int = 0) -> Figure:
     "Scan and posterior density of one spectrum, with the 68 and 90 % intervals."
     x, density = posterior.density(k)
-    f, p = posterior.scans.fccd_in_mm[k], posterior.calibration.probability(posterior.scans.logit[k])
+    f, p = posterior.scans.fccd_in_mm[k], posterior.probability(posterior.scans.logit)[k]
     outer = posterior.interval("90")[k]
     pad = 1.5 * np.diff(outer)[0]
     with figure(1, 2, width=7, height=2.6) as (fig, (left, right)):
@@ -554,3 +617,82 @@ def posterior_figure(posterior: Posteriors, k: int = 0) -> Figure:
             ax.set_xlim(outer[0] - pad, outer[1] + pad)
         left.legend()
     return fig
+
+# %% ../../nbs/deadlayer/41_posterior.ipynb #c7339ac3
+@dataclass(frozen=True, eq=False)
+class Answer:
+    "Posterior, verdict of the guard and loop for one measured spectrum."
+
+    measured: Spectra
+    references: Spectra
+    posterior: Posteriors
+    verdict: dict  # of `Guard.check`
+    loop: Loop
+    start: str  # where the loop began, in words
+
+    def summary(self) -> dict:
+        "What goes to result.json."
+        return {"posterior": self.posterior.summary(), "described": self.verdict["described"],
+                "disagree": self.verdict["disagree"], "best_description": self.verdict["parameters"],
+                "loop": {"start": self.start, "fccd_in_mm": self.loop.fccd_in_mm, "dlf": self.loop.dlf,
+                         "balanced": self.loop.balanced, "steps": self.loop.steps}}
+
+    def rows(self) -> dict[str, str]:
+        "The answer as printed."
+        s = self.posterior.summary()
+        f, end = s["fccd_in_mm"], "balanced" if self.loop.balanced else "not balanced"
+        new = {"FCCD, posterior mean": f"{f['mean']:.4f} ± {f['sigma']:.4f} mm (median {f['median']:.4f})"}
+        new |= {f"FCCD, {k} %": f"{f[k][0]:.4f} to {f[k][1]:.4f} mm" for k in LEVELS}
+        if "dlf" in s:
+            new |= {f"DLF, {k} %": f"{s['dlf'][k][0]:.3f} to {s['dlf'][k][1]:.3f}" for k in LEVELS}
+        new["described by a simulation"] = "yes" if self.verdict["described"] else "no"
+        return new | {"loop": f"{self.loop.fccd_in_mm:.4f} mm, DLF {self.loop.dlf:.3f}, {end} in "
+                              f"{len(self.loop.steps)} steps from {self.start}"}
+
+    def sections(self) -> tuple[Section, ...]:
+        "Parts of a report."
+        counts = self.measured.counts[0] / self.measured.exposure
+        steps = Table(["step", "FCCD [mm]", "DLF", "logit", "P(thicker)", "measured is"], self.loop.rows(),
+                      f"References of the loop, from {self.start}")
+        return (Section("Posterior", tables=[Table(["", "value"], [[k, v] for k, v in self.rows().items()])],
+                        figures=[(posterior_figure(self.posterior), "Calibrated scan and posterior density.")]),
+                Section("Does a simulation describe it?", warnings=guard_warnings(self.verdict),
+                        figures=[(guard_figure(self.verdict, counts, self.measured.edges_keV),
+                                  "Best description with nuisance parameters; windows that disagree are shaded.")]),
+                Section("Loop", tables=[steps], figures=[(loop_figure(self.loop), "From the start to balance.")]))
+
+def start_from_peaks(
+    measured: Spectra,
+    simulated: Spectra,
+) -> tuple[float, str]:  # mm, and what it is
+    "FCCD of the peak ratio at DLF = 1; the middle of the range where the peaks cannot be fitted."
+    try:
+        share = intensity_table("HADES")[0]
+        curve = calibrate_peaks(simulated, "step", share, 0.0, 60)
+        found = curve.invert(peak_ratio(measured, "step", share, 0.0).value, 1.0)
+        return float(found), f"{found:.3f} mm of the peak fit"
+    except DataError:
+        middle = float(np.median(simulated.fccd_in_mm))
+        return middle, f"{middle:.3f} mm, the middle of the range, because the peaks could not be fitted"
+
+def answer(
+    pipeline: Callable,  # trained `Pipeline`, evaluation mode
+    measured: Spectra,  # one spectrum
+    parts: Mapping[str, Mapping[str, Spectra]],  # from `train.split_spectra`, with random DLF
+    nuisance: NuisanceConfig | None = None,  # as in the training
+    seed: int = 0,
+) -> Answer:
+    "Calibrated posterior, guard and loop for a measured spectrum."
+    train, valid = concatenate([p["train"] for p in parts.values()]), parts["random_dlf"]["valid"]
+    emulator = emulate(train)
+    references = reference_spectra(emulator)
+    check_measured(measured, references)
+    calibration = calibrate(pipeline, valid, references, nuisance, min(1000, 4 * len(valid)), seed)
+    counts = measured.counts / measured.exposure
+    posterior = infer_posterior(pipeline, counts, references, calibration)
+    guard = fit_guard(emulator, valid, nuisance, n=min(400, 4 * len(valid)), seed=seed)
+    dlf = posterior.dlf(0.5) if posterior.scans.dlf is not None else np.array([0.5])
+    verdict = guard.check(counts, posterior.quantile(0.5), dlf)[0]
+    start, words = start_from_peaks(measured, train)
+    loop = iterate(pipeline, measured, emulator, start, calibration)
+    return Answer(measured, references, posterior, verdict, loop, words)

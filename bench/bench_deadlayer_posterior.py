@@ -1,11 +1,12 @@
-"""Calibrated posteriors of trained networks: coverage, width beside the limit, bias under nuisance parameters, guard, loop.
-Writes bench/results/deadlayer_posterior.json.
+"""Calibrated posteriors of trained networks: coverage, width beside the limit, bias under nuisance parameters, guard,
+loop. Writes bench/results/deadlayer_posterior.json.
 
     python bench/bench_deadlayer_posterior.py --runs reference=RUN robust=RUN [--spectra STORE] [--measured FILE]
 
 Without --spectra and --measured the published files are taken: `V05268A` in $DEADLAYER_CRES_DATA or ../shared/data.
 Networks whose run draws nuisance parameters are calibrated and tested with them, the others without. Calibration uses
-the validation part of the run's split, all else the test part; the references come from an emulator of the training part.
+the validation part of the run's split, all else the test part; the references come from an emulator of the training
+part. Networks that the file holds already, and that are not named, stay in it.
 """
 import argparse
 import time
@@ -15,7 +16,7 @@ import numpy as np
 import torch
 from machine import about
 
-from deadlayer_cres.core import write_json
+from deadlayer_cres.core import read_json, write_json
 from deadlayer_cres.deadlayer import posterior as ps
 from deadlayer_cres.deadlayer.data import concatenate, read_spectra, shared_data
 from deadlayer_cres.deadlayer.likelihood import fit_emulator
@@ -129,7 +130,8 @@ def main():
     sources = [args.spectra] if args.spectra else sorted(folder.glob("training_data_*"))
     mc = concatenate([read_spectra(p).select_energy(5, 450) for p in sources])
     data = read_spectra(args.measured or folder / "experimental_data_V05268A.h5").select_energy(5, 450)
-    result = {"machine": about(), "checksums": {"simulated": mc.checksum, "measured": data.checksum}, "seed": args.seed}
+    result = read_json(args.out) if args.out.exists() else {}
+    result |= {"checksums": {"simulated": mc.checksum, "measured": data.checksum}, "seed": args.seed}
     share = intensity_table("HADES")[0]
     peak = calibrate_peaks(mc, "step", share, 0.0, 60).invert(peak_ratio(data, "step", share, 0.0).value, 1.0)
     emulator, split = None, None
@@ -141,21 +143,22 @@ def main():
             emulator, split = fit_emulator(concatenate([p["train"] for p in parts.values()])), config.data.split
             references = ps.reference_spectra(emulator)
             guard = ps.fit_guard(emulator, valid, n=args.guard, seed=args.seed)
-            result["guard"] = {"p_value": guard.p_value, "experiments": guard.experiments, "power": guard_power(
-                guard, test, NuisanceConfig(draw=True), args.guard, args.seed + 1)}
+            power = guard_power(guard, test, NuisanceConfig(draw=True), args.guard, args.seed + 1)
+            result["guard"] = {"p_value": guard.p_value, "inflation": guard.inflation, "false_alarm": guard.false_alarm,
+                               "experiments": guard.experiments, "power": power}
             print(f"{time.perf_counter() - start:.0f} s  guard {result['guard']}", flush=True)
         law = config.pairs.nuisance if config.pairs.nuisance.draw else None
         calibration = ps.calibrate(net, valid, references, law, args.calibration, args.seed)
-        found = {"calibration": {"experiments": calibration.experiments, "spectra": calibration.spectra}}
+        found = {"machine": about(), "calibration": {"experiments": calibration.experiments,
+                                                     "spectra": calibration.spectra}}
         found["coverage"] = coverage(net, test, references, calibration, law, emulator, args.experiments, args.seed + 1)
         print(f"{time.perf_counter() - start:.0f} s  {name} coverage {found['coverage']}", flush=True)
         found["bias"] = bias(net, test, references, calibration, args.bias, args.seed + 2)
         print(f"{time.perf_counter() - start:.0f} s  {name} bias {found['bias']}", flush=True)
         found["measured"] = measured_answer(net, data, references, calibration, guard, emulator, peak)
-        result[name] = found
+        result[name] = found | {"seconds": time.perf_counter() - start}
+        write_json(args.out, result)
         print(f"{time.perf_counter() - start:.0f} s  {name} {found['measured']['posterior']}", flush=True)
-    result["seconds"] = time.perf_counter() - start
-    write_json(args.out, result)
     print(f"written to {args.out.name}")
 
 

@@ -6,9 +6,9 @@
 __all__ = ['DEMO_MEASUREMENT', 'VERBS', 'Parser', 'fail', 'guarded', 'check_target', 'add_simulate', 'setup_from_args',
            'simulate', 'random_labels', 'add_prepare', 'prepare', 'print_pairs', 'add_train', 'train',
            'config_from_args', 'describe', 'add_evaluate', 'evaluate', 'run_parts', 'add_infer', 'infer', 'one_row',
-           'answer', 'add_fit', 'fit', 'write_fit', 'fit_rows', 'add_explain', 'explain', 'explain_parts',
-           'add_compare', 'compare', 'add_demo', 'demo_config', 'demo', 'demo_spectra', 'demo_rows', 'run_program',
-           'deadlayer']
+           'answer', 'calibrated', 'temperature', 'add_fit', 'fit', 'write_fit', 'fit_rows', 'add_explain', 'explain',
+           'explain_parts', 'add_compare', 'compare', 'add_demo', 'demo_config', 'demo', 'demo_spectra', 'demo_rows',
+           'run_program', 'deadlayer']
 
 # %% ../nbs/90_cli.ipynb #52fa5860
 import os
@@ -324,30 +324,56 @@ def one_row(spectra, row: int | None, path: str) -> tuple:
 def answer(run, config, pipeline, parts: dict, measured, out: Path, facts: dict) -> dict:
     "Infer, write the answer to `out`, print it; returns the content of result.json."
     from deadlayer_cres.deadlayer.data import concatenate
+    from deadlayer_cres.deadlayer.infer import check_measured, result_rows, write_inference
     from deadlayer_cres.deadlayer.infer import infer as scan
-    from deadlayer_cres.deadlayer.infer import check_measured, result_rows, validation_temperature, write_inference
-    from deadlayer_cres.deadlayer.prep import PairSource
 
     with about(", ".join(config.data.spectra)):
         wanted = config.pairs.first if config.pairs.reference == "same" else "dlf1"
         for name in {config.pairs.first, wanted} - set(parts):
             raise DataError(f"{name} spectra", f"only {', '.join(parts)}", remedy="give such Monte-Carlo too")
-        first, family = parts[config.pairs.first], parts[wanted]
-    with about(facts.get("spectrum", "the measurement")):
+    name, family = facts.get("spectrum", "the measurement"), parts[wanted]
+    with about(name):
         check_measured(measured, family["train"])
-    with about(", ".join(config.data.spectra)):
-        valid = PairSource(first["valid"], family["valid"])
-        temperature = validation_temperature(pipeline, valid, seed=config.train.seed)
-    with about(facts.get("spectrum", "the measurement")):
-        result = scan(pipeline, measured, concatenate(list(family.values())),
-                      concatenate([s for p in parts.values() for s in p.values()]), temperature)
-    facts = facts | {"run": run.path, "temperature": f"{temperature:.3f}", "references": sum(map(len, family.values()))}
-    report = write_inference(result, out, facts=facts)
-    print_pairs("Dead layer", dict(result_rows(result)))
+    whole = calibrated(config, pipeline, parts, measured) if config.pairs.first == "random_dlf" else None
+    if whole:
+        references, options = whole.references, {"posterior": whole.posterior}
+        more, values, rows = whole.sections(), whole.summary(), whole.rows()
+    else:
+        references, options = concatenate(list(family.values())), temperature(config, pipeline, parts, family)
+        more, values, rows = (), {}, {}
+    with about(name):
+        result = scan(pipeline, measured, references, concatenate([s for p in parts.values() for s in p.values()]),
+                      **options)
+    if whole:
+        from deadlayer_cres.deadlayer.posterior import guard_warnings
+
+        result.warnings[:0] = guard_warnings(whole.verdict)
+    facts = facts | {"run": run.path, "references": len(references)}
+    report = write_inference(result, out, facts=facts, more=more, values=values)
+    print_pairs("Dead layer", rows or dict(result_rows(result)))
+    if whole:
+        print_pairs("Loop: FCCD, DLF, P(measured is thicker)", {
+            r[0]: f"{r[1]} mm  {r[2]}  {r[4]}  {r[5]}" for r in whole.loop.rows()})
     for text in result.warnings:
         print(f"warning: {text}", file=sys.stderr)
     print(f"report: {report}")
-    return result.summary()
+    return result.summary() | values
+
+def calibrated(config, pipeline, parts: dict, measured):
+    "Calibrated posterior, guard and loop."
+    from deadlayer_cres.deadlayer.posterior import answer as infer_all
+
+    with about(", ".join(config.data.spectra)):
+        return infer_all(pipeline, measured, parts, config.pairs.nuisance, config.train.seed)
+
+def temperature(config, pipeline, parts: dict, family: dict) -> dict:
+    "The option of `infer.infer` for a network that was trained without random DLF."
+    from deadlayer_cres.deadlayer.infer import validation_temperature
+    from deadlayer_cres.deadlayer.prep import PairSource
+
+    with about(", ".join(config.data.spectra)):
+        valid = PairSource(parts[config.pairs.first]["valid"], family["valid"])
+        return {"temperature": validation_temperature(pipeline, valid, seed=config.train.seed)}
 
 # %% ../nbs/90_cli.ipynb #89eb4088
 def add_fit(p: Parser) -> None:

@@ -214,17 +214,22 @@ def infer(
     references: Spectra,  # simulated, DLF = 1 if the network was trained with such references
     simulated: Spectra,  # simulated with all DLF, for the comparison; may be the same
     temperature: float = 1.0,
+    posterior=None,  # `posterior.Posteriors` of this spectrum, which takes the place of the temperature
 ) -> Inference:
     "Infer FCCD and DLF of a measured spectrum; raises `DataError` where that is impossible."
     check_measured(measured, references)
     counts, reference = measured.counts[0] / measured.exposure, references.counts / references.exposure
     answers = ask(pipeline, counts, reference)
-    scan = summarise_scan(references.fccd_in_mm, expit(answers[:, 0].astype(float) / temperature))
+    z = answers[:, 0].astype(float)
+    probability = expit(z / temperature) if posterior is None else posterior.probability(z[None])[0]
+    scan = summarise_scan(references.fccd_in_mm, probability)
     near = np.argsort(np.abs(references.fccd_in_mm - scan.best), kind="stable")
     low, high = scan.intervals["68"]
     inside = (references.fccd_in_mm >= low) & (references.fccd_in_mm <= high)
     near = near[:max(10, int(inside.sum()))]
     levels = answers[near, 1:].mean(0) if answers.shape[1] == 4 else None
+    if posterior is not None and levels is not None:
+        levels = np.array([posterior.dlf(q)[0] for q in (0.1, 0.5, 0.9)])
     quantiles = None if levels is None else dict(zip(("10", "50", "90"), map(float, levels), strict=True))
     at = {"dlf1": 1.0} if levels is None else {"best": levels[1], "low": levels[0], "high": levels[2], "dlf1": 1.0}
     expected = {name: interpolate_spectrum(simulated, scan.best, d) for name, d in at.items()}
@@ -332,6 +337,8 @@ def write_inference(
     folder: str | os.PathLike,  # where result.json, report.html and figures/ go
     title: str = "Dead layer of a measured spectrum",
     facts: dict | None = None,  # names and values for the report: files, run
+    more: tuple[Section, ...] = (),  # further sections, after the result
+    values: dict | None = None,  # further content of result.json
 ) -> Path:  # the report
     "Write an inference as JSON, figures and a self-contained report."
     folder = Path(folder)
@@ -343,7 +350,7 @@ def write_inference(
                 w["bins"], f"{w['p_value']:.1e}"] for w in inference.windows]
     sections = [
         Section("Result", warnings=inference.warnings, tables=[Table(["", "value"], result_rows(inference))],
-                figures=[figures["scan"]]),
+                figures=[figures["scan"]]), *more,
         Section("Monte-Carlo against measurement", tables=[Table(
             ["energy [keV]", "MC / measured", "chi2 per bin", "bins", "p-value"], windows,
             "Goodness of fit at the inferred FCCD and DLF")], figures=[figures["spectrum"]]),
@@ -354,5 +361,5 @@ def write_inference(
         for name, (fig, _) in figures.items():
             save_png(new / "figures" / f"{name}.png", fig)
         html_report(new / "report.html", title, sections)
-        write_json(new / "result.json", inference.summary() | {"facts": facts or {}})
+        write_json(new / "result.json", inference.summary() | (values or {}) | {"facts": facts or {}})
     return folder / "report.html"

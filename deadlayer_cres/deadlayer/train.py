@@ -101,7 +101,7 @@ def pair_source(
             raise DataError(f"{family} spectra in the {part} part", have or "none", row="pairs",
                             remedy="add such spectra, or choose pairs.first and pairs.reference among those at hand")
     second = None if wanted == [pairs.first] else concatenate([parts[f][part] for f in wanted])
-    return PairSource(parts[pairs.first][part], second, pairs.noise, device)
+    return PairSource(parts[pairs.first][part], second, pairs.noise, device, pairs.nuisance)
 
 # %% ../../nbs/deadlayer/18_train.ipynb #91145e1a
 def fccd_accuracy(raw: torch.Tensor, labels: torch.Tensor) -> torch.Tensor:

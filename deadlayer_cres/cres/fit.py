@@ -733,7 +733,8 @@ class Posterior:
     def sigma(self, name: str = "energy_eV") -> Tensor:  # (n,)
         "Posterior standard deviation."
         away = getattr(self, name) - self.mean(name)[self.event]
-        return _total(self.weight * away**2, self.event, len(self)).sqrt()
+        within = self.width_eV**2 / 12 if name == "energy_eV" else 0
+        return _total(self.weight * (away**2 + within), self.event, len(self)).sqrt()
 
     def mode(self, name: str = "energy_eV") -> Tensor:  # (n,)
         "Value at the cell of the highest weight."
@@ -756,7 +757,9 @@ class Posterior:
 
     def below(self, value: Tensor, name: str = "energy_eV") -> Tensor:  # (n,)
         "Probability of less than `value` (n,); of true values it is uniform."
-        return _total(self.weight * (getattr(self, name) < value[self.event]), self.event, len(self))
+        above = value[self.event] - getattr(self, name)
+        width = torch.as_tensor(self.width_eV if name == "energy_eV" else 0.0).clamp(min=1e-12)
+        return _total(self.weight * (above / width + 0.5).clamp(0, 1), self.event, len(self))
 
     def select(self, event: int) -> "Posterior":
         "The posterior of one event."

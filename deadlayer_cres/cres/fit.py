@@ -561,9 +561,14 @@ def _cell_rates(self: Ridge, c: Cells) -> Tensor:  # (m, 4)
     return self.rates.index_select(0, c.r.long() * t.values.shape[1] + k)
 
 def _energy_width(self: Ridge, c: Cells, w: Windows) -> Tensor:  # (m,)
-    "Ranges of energies in cells, in eV."
+    "Ranges of energies in wide cells, in eV; 0 in narrow ones, whose centres are enough."
     span = self._line(c, w, c.x.to(self.real))[1]
-    return (self._cell_rates(c)[:, 0] * c.width_w + self.eV_per_point * span).double()
+    width = (self._cell_rates(c)[:, 0] * c.width_w + self.eV_per_point * span).double()
+    return torch.where(self._is_narrow(c), 0, width)
+
+def _is_narrow(self: Ridge, c: Cells) -> Tensor:  # (m,) bool
+    "Whether the likelihood of cells is that of their centres."
+    return (c.width_x < _WIDE) & (c.width_w < _WIDE * self.step_Hz * (1 - 1e-6))
 
 def _rough_snr2(self: Ridge, strength: Tensor, shift: Tensor, away: Tensor) -> Tensor:
     "Squared SNR of a line `away` points from the carrier, whose relative distance to the middle is `shift`."
@@ -572,7 +577,7 @@ def _rough_snr2(self: Ridge, strength: Tensor, shift: Tensor, away: Tensor) -> T
     return (strength * self.snr) ** 2 / (1 + off * off)
 
 Ridge._rough, Ridge._rough_snr2, Ridge._line = _rough, _rough_snr2, _line
-Ridge._cell_rates, Ridge._energy_width = _cell_rates, _energy_width
+Ridge._cell_rates, Ridge._energy_width, Ridge._is_narrow = _cell_rates, _energy_width, _is_narrow
 
 # %% ../../nbs/cres/27_fit.ipynb #fedb3f01
 _BINS = 512
@@ -689,7 +694,7 @@ def _narrow(self: Ridge, w: Windows, c: Cells) -> tuple[Tensor, ...]:
 def _log_posterior(self: Ridge, D: Tensor, c: Cells, w: Windows | None = None) -> tuple[Tensor, ...]:  # (m,) each
     "Log of likelihood ratio, prior and volume of cells; energy in eV, pitch angle in degrees and radius in m."
     w = self.windows(D) if w is None else w
-    narrow = (c.width_x < _WIDE) & (c.width_w < _WIDE * self.step_Hz * (1 - 1e-6))
+    narrow = self._is_narrow(c)
     i, j = narrow.nonzero()[:, 0], (~narrow).nonzero()[:, 0]
     out = [torch.empty_like(c.x) for _ in range(3)]
     if len(i):
@@ -721,7 +726,7 @@ class Posterior:
     pitch_angle_deg: Tensor  # (m,)
     radius_m: Tensor  # (m,)
     log_evidence: Tensor  # (n,) natural logarithm of the evidence of an electron against that of noise alone
-    width_eV: Tensor | float = 0.0  # (m,) range of the energies in a cell
+    width_eV: Tensor | float = 0.0  # (m,) range of the energies in a wide cell
 
     def __len__(self) -> int:
         return len(self.log_evidence)
@@ -733,7 +738,8 @@ class Posterior:
     def sigma(self, name: str = "energy_eV") -> Tensor:  # (n,)
         "Posterior standard deviation."
         away = getattr(self, name) - self.mean(name)[self.event]
-        return _total(self.weight * away**2, self.event, len(self)).sqrt()
+        within = self.width_eV**2 / 12 if name == "energy_eV" else 0
+        return _total(self.weight * (away**2 + within), self.event, len(self)).sqrt()
 
     def mode(self, name: str = "energy_eV") -> Tensor:  # (n,)
         "Value at the cell of the highest weight."
@@ -756,7 +762,9 @@ class Posterior:
 
     def below(self, value: Tensor, name: str = "energy_eV") -> Tensor:  # (n,)
         "Probability of less than `value` (n,); of true values it is uniform."
-        return _total(self.weight * (getattr(self, name) < value[self.event]), self.event, len(self))
+        above = value[self.event] - getattr(self, name)
+        width = torch.as_tensor(self.width_eV if name == "energy_eV" else 0.0).clamp(min=1e-12)
+        return _total(self.weight * (above / width + 0.5).clamp(0, 1), self.event, len(self))
 
     def select(self, event: int) -> "Posterior":
         "The posterior of one event."

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEVELS', 'PARAMETERS', 'APPARATUS', 'TrapTable', 'trap_table', 'Cells', 'RidgeConfig', 'Ridge', 'Places', 'Windows',
            'Rough', 'Posterior', 'Modes', 'modes', 'single_mode', 'summaries', 'Threshold', 'noise_evidence',
-           'detection_threshold', 'plot_corner', 'line_information', 'Fisher', 'fisher']
+           'detection_threshold', 'plot_corner', 'unknown_start', 'line_information', 'Fisher', 'fisher']
 
 # %% ../../nbs/cres/27_fit.ipynb #d4e43bcb
 import copy
@@ -609,7 +609,7 @@ def _kept(self: Ridge, c: Cells, s: Rough, w: Windows, n: int) -> tuple[Tensor, 
 
 def _needs(self: Ridge, c: Cells, s: Rough, w: Windows, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Into how many parts cells must be cut along x, W and radius."
-    t, e, n, step, real = self.table, self.simulator.config.electrons, len(w.peak), self.config.step, self.real
+    t, e, n, step = self.table, self.simulator.config.electrons, len(w.peak), self.config.step
     low, high = (v - t.energy_eV for v in self.energies)
     r, width_x, width_w = c.r.long(), c.width_x, c.width_w / self.step_Hz
     by_w, turn, apart, by_r = self._cell_rates(c).unbind(1)
@@ -1005,6 +1005,25 @@ def _ranges(p: Posterior, tail: float = 1e-3) -> list[tuple[float, float]]:
         margin = 0.06 * (high - low) + 1e-9
         out.append((low - margin, high + margin))
     return out
+
+# %% ../../nbs/cres/27_fit.ipynb #96e6b48d
+def unknown_start(
+    ridge: Ridge,
+    ts: Tensor,  # (n, 2, samples) in V, with noise
+    starts_s: Sequence[float],  # K equally likely starts of the track
+    stop_s=math.inf,  # (n,) known ends
+) -> tuple[Posterior, Tensor]:
+    "Posteriors of records whose tracks start at an unknown time, and the probability (n, K) of each start."
+    parts = [ridge(ts, t, stop_s) for t in starts_s]
+    log_evidence = torch.stack([p.log_evidence for p in parts], 1)
+    probable = log_evidence.softmax(1)
+    event = torch.cat([p.event for p in parts])
+    order = torch.argsort(event, stable=True)
+    weight = torch.cat([p.weight * probable[p.event, k] for k, p in enumerate(parts)])
+    columns = [torch.cat([getattr(p, f) for p in parts])[order]
+               for f in ("energy_eV", "pitch_angle_deg", "radius_m", "width_eV", "width_deg")]
+    return Posterior(event[order], weight[order], *columns[:3], log_evidence.logsumexp(1) - math.log(len(parts)),
+                     *columns[3:]), probable
 
 # %% ../../nbs/cres/27_fit.ipynb #ddbd9d3f
 def line_information(

@@ -11,14 +11,16 @@ point, all lines up to order 8, both phases integrated over. Points drawn within
 it (importance sampling; events with one mode and with many), and `emcee` walks in energy, pitch angle and radius
 (single-mode events alone, as its walkers hardly pass between modes; skipped if it is not installed).
 
-With `--save FOLDER` the posteriors' moments are written to `limit_cca8k.npz` and `limit_cca24k.npz`, event by event.
+With `--save FOLDER` the exact posteriors are written event by event: `limit_cca8k.csv` and `limit_cca24k.csv`, tables
+of `cres.evaluate` for `--limit` and `--exact` of the other benchmarks, and `.npz` files of the same names with more.
 
 The parts (`--parts`), each with the machine it ran on in `environments`; a part that is not asked for keeps its last
 result. `limit`: all of the above, with cells as fine as the likelihood (`RidgeConfig.exact`). `fast`: the same with the
 default settings, and its RMS error over that of the exact posteriors of the same events, where `limit` has run in the
 same call. `noise`: the distribution of the log evidence of noise alone, thresholds and detection efficiencies.
 `speed`: events per CPU second at three lengths, the default settings beside the exact ones in turns, and peak memory.
-`sampler`: as above. Some twenty minutes on one free core for 1,024 events of each set.
+`start`: tracks whose start is not known, beside the same with their start known. `sampler`: as above. Some twenty
+minutes on one free core for 1,024 events of each set.
 """
 import argparse
 import json
@@ -33,6 +35,7 @@ import torch
 from machine import about
 
 from deadlayer_cres.core import atomic_path, write_json
+from deadlayer_cres.cres.evaluate import Predictions, write_table
 from deadlayer_cres.cres.fit import (
     LEVELS,
     Cells,
@@ -43,6 +46,7 @@ from deadlayer_cres.cres.fit import (
     fisher,
     noise_evidence,
     summaries,
+    unknown_start,
 )
 from deadlayer_cres.cres.simulate import (
     CHECKSUMS,
@@ -51,13 +55,14 @@ from deadlayer_cres.cres.simulate import (
     ReceiverConfig,
     SimulateConfig,
     Simulator,
+    TrackConfig,
     test_set,
 )
 from deadlayer_cres.cres.trap import axial_motion, comb
 
 ROOT = Path(__file__).resolve().parents[1]
 INTERVALS = (0.5, 0.68, 0.9)
-PARTS = ("limit", "fast", "noise", "speed", "sampler")
+PARTS = ("limit", "fast", "noise", "speed", "start", "sampler")
 BEST = (0.1, 0.25, 0.5, 0.75, 1.0)
 
 
@@ -111,7 +116,7 @@ def limit(name: str, n: int, save: Path | None, config: RidgeConfig) -> tuple[di
             s = {k: np.concatenate([row[k] for row in out]) for k in out[0]}
             print(f"{name}: {len(s['modes'])} events, {len(s['modes']) / cpu:.1f} per CPU second", flush=True)
             if save is not None:
-                save_arrays(save / f"limit_{name.replace('-', '')}.npz", s)
+                save_events(save / f"limit_{name.replace('-', '')}", s, truth)
     error, sigma, one = s["energy_eV_mean"] - truth["energy_eV"], s["energy_eV_sigma"], s["single_mode"]
     order = np.argsort(sigma)
     inner = np.abs(s["main_mode_energy_eV"] - truth["energy_eV"]) / s["main_mode_sigma_eV"] / 0.6745
@@ -178,15 +183,15 @@ def speed(samples: int, n: int) -> dict:
             "peak_memory_MB_of_the_process": round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)}
 
 
-def save_arrays(path: Path, s: dict) -> None:
-    "What a comparison needs, event by event."
-    names = {"energy_mean": "energy_eV_mean", "energy_sigma": "energy_eV_sigma", "pitch_mean": "pitch_angle_deg_mean",
-             "pitch_sigma": "pitch_angle_deg_sigma", "energy_quantiles": "energy_eV_quantiles",
-             "pitch_quantiles": "pitch_angle_deg_quantiles", "energy_below": "energy_eV_below",
-             "pitch_below": "pitch_angle_deg_below"}
-    same = ("single_mode", "log_evidence", "modes", "main_mode_weight", "main_mode_energy_eV", "main_mode_sigma_eV")
-    with atomic_path(path) as part, open(part, "wb") as file:
-        np.savez(file, levels=LEVELS, **{k: s[v] for k, v in names.items()}, **{k: s[k] for k in same})
+def save_events(path: Path, s: dict, truth: dict) -> None:
+    "A table that `--limit` of the other benchmarks reads, and an archive with more, of the events so far."
+    names, n = ("energy_eV", "pitch_angle_deg"), len(s["modes"])
+    of = [np.stack([s[f"{k}_{what}"] for k in names], 1) for what in ("mean", "sigma", "quantiles")]
+    write_table(path.with_suffix(".csv"), Predictions(
+        names, *of[:2], truth={k: v[:n] for k, v in truth.items()}, quantiles=of[2], levels=LEVELS,
+        observables={k: s[k].astype(float) for k in ("log_evidence", "single_mode")}))
+    with atomic_path(path.with_suffix(".npz")) as part, open(part, "wb") as file:
+        np.savez(file, levels=LEVELS, **s)
 
 
 class Likelihood:
@@ -300,6 +305,47 @@ def reweighted(density: "Likelihood", ridge: Ridge, ts: np.ndarray, draws: int, 
             "effective_draws": round(float(1 / (v**2).sum()))}
 
 
+def late(n: int = 64, starts: int = 25) -> dict:
+    "Tracks that begin in the first half of a record, their start known and unknown, and what the bound says of it."
+    T = 8192 / SimulateConfig().receiver.sampling_rate_Hz
+    s = Simulator(SimulateConfig(seed=5, noise="added", tracks=TrackConfig(start_low_s=0.0, start_high_s=T / 2)),
+                  device="cpu")
+    events, ridge, grid, used, out = s.events(n), Ridge(s), np.linspace(0, T / 2, starts), [0.0, 0.0], {}
+    true, begun = torch.from_numpy(events.columns["energy_eV"]), events.columns["start_time_s"]
+    for a in range(0, n, 32):
+        ts, clock = torch.from_numpy(events.ts[a:a + 32]), [time.process_time()]
+        known = ridge(ts, begun[a:a + 32], T)
+        clock.append(time.process_time())
+        mixed, probable = unknown_start(ridge, ts, grid, T)
+        clock.append(time.process_time())
+        used = [u + b - c for u, b, c in zip(used, clock[1:], clock, strict=False)]
+        for label, p in (("known", known), ("unknown", mixed)):
+            row = torch.stack([p.mean(), p.sigma(), p.below(true[a:a + 32]), p.log_evidence], 1)
+            out.setdefault(label, []).append(row.numpy())
+        mean = (probable @ torch.from_numpy(grid)).numpy()
+        square = (probable.numpy() * (grid - mean[:, None]) ** 2).sum(1) + grid[1] ** 2 / 12
+        out.setdefault("start", []).append(np.stack([mean - begun[a:a + 32], np.sqrt(square)], 1))
+    v = {k: np.concatenate(x) for k, x in out.items()}
+    seen = v["known"][:, 3] > 10
+    result = {"events": n, "starts": starts, "grid_us": rounded(1e6 * grid[1]),
+              "cost_in_cpu_time": rounded(used[1] / used[0]), "log_evidence_above_10": share(seen)}
+    for label in ("known", "unknown"):
+        error = v[label][:, 0] - true.numpy()
+        result[label] = {"rms_eV": rms(error), "median_sigma_eV": rounded(np.median(v[label][:, 1])), "coverage": {
+            f"{q:g}": share(np.abs(v[label][:, 2] - 0.5) < q / 2) for q in INTERVALS}}
+    result["ratio_of_sigmas"] = rounded(np.median(v["unknown"][:, 1] / v["known"][:, 1]))
+    result["start_of_seen_us"] = {"rms": rms(1e6 * v["start"][seen, 0]),
+                                  "median_sigma": rounded(1e6 * np.median(v["start"][seen, 1]))}
+    whole = s.draw(256)
+    F = fisher(s, *(whole[k] for k in ("energy_eV", "pitch_angle_deg", "radius_m")), start_time=True)
+    prior = {"energy_eV": 58.0, "pitch_angle_deg": 0.5, "radius_m": 1.5e-3}
+    base = F.bound(("start_time_s",), prior)["energy_eV"]
+    result["bound_with_the_start_unknown_over_known"] = {
+        f"{1e6 * t:g} us": {f"{q:g}": rounded(float((F.bound(prior=prior | {"start_time_s": t})["energy_eV"] / base)
+                                                    .quantile(q))) for q in (0.5, 0.9, 1.0)} for t in (1e-7, 1e-6, 5e-6)}
+    return result
+
+
 def sampled(name: str, s: dict, n: int, steps: int, draws: int, seed: int = 0) -> dict:
     "The posteriors of n events, half of them single-mode ones, checked against samplers."
     rng, one = np.random.default_rng(seed), s["single_mode"]
@@ -331,7 +377,8 @@ def sampled(name: str, s: dict, n: int, steps: int, draws: int, seed: int = 0) -
 
 def main() -> None:
     p = argparse.ArgumentParser(description=__doc__.split("\n\n")[0])
-    p.add_argument("--events", type=int, default=1024, help="of each test set")
+    p.add_argument("--events", type=int, default=1024, help="of each test set, with the exact settings")
+    p.add_argument("--fast", type=int, default=4096, help="of each test set, with the default settings")
     p.add_argument("--sets", nargs="*", default=list(TEST_SETS), choices=list(TEST_SETS))
     p.add_argument("--sampler", type=int, default=24, help="events of each set that are sampled, too")
     p.add_argument("--steps", type=int, default=600, help="of emcee")
@@ -352,21 +399,27 @@ def main() -> None:
             report[name] = entry = new | {k: v for k, v in entry.items() if k not in new}
             where["limit"] = about()
         if "fast" in options.parts:
-            s["fast"], entry["fast"] = limit(name, options.events, None, RidgeConfig())
+            s["fast"], entry["fast"] = limit(name, options.fast, None, RidgeConfig())
             where["fast"] = about()
         for label in s:
             print(f"{name}, {label}: {brief(entry if label == 'limit' else entry['fast'])}", flush=True)
         if len(s) == 2:
-            true = test_set(name, options.events).columns["energy_eV"]
-            entry["fast"]["against_exact"] = agreement(s["fast"], s["limit"], true)
+            both = min(options.events, options.fast)
+            true = test_set(name, both).columns["energy_eV"]
+            entry["fast"]["against_exact"] = agreement(*({k: v[:both] for k, v in s[x].items()} for x in ("fast", "limit")),
+                                                       true)
         if "noise" in options.parts:
-            some = s.get("fast") or summaries(Ridge(Simulator(TEST_SETS[name])), test_set(name, options.events).ts)
+            some = s.get("fast") or summaries(Ridge(Simulator(TEST_SETS[name])), test_set(name, options.fast).ts)
             entry["noise"], where["noise"] = noise(name, options.noise, some), about()
             print(f"{name}, noise: {entry['noise']}", flush=True)
         if "sampler" in options.parts and options.sampler:
             some = s.get("limit") or summaries(Ridge(Simulator(TEST_SETS[name])), test_set(name, 128).ts)
             entry["sampler"] = sampled(name, some, options.sampler, options.steps, options.draws)
             where["sampler"] = about()
+        write_json(options.out, report)
+    if "start" in options.parts:
+        report["start"], where["start"] = late(), about()
+        print(report["start"], flush=True)
         write_json(options.out, report)
     if "speed" in options.parts:
         report["speed"] = []
@@ -389,7 +442,7 @@ def agreement(fast: dict, exact: dict, truth: np.ndarray) -> dict:
     shift = (fast["energy_eV_mean"] - exact["energy_eV_mean"]) / exact["energy_eV_sigma"]
     widths, evidence = np.log(fast["energy_eV_sigma"] / exact["energy_eV_sigma"]), fast["log_evidence"]
     squares = [np.mean((v["energy_eV_mean"] - truth) ** 2) for v in (fast, exact)]
-    return {"rms_over_exact": rounded(math.sqrt(squares[0] / squares[1])), "shift_of_means_in_sigma": rms(shift),
+    return {"events": len(shift), "rms_over_exact": rounded(math.sqrt(squares[0] / squares[1])), "shift_of_means_in_sigma": rms(shift),
             "log_ratio_of_widths": {k: rounded(np.quantile(widths, q)) for k, q in (
                 ("low", 0.16), ("median", 0.5), ("high", 0.84))},
             "shift_of_log_evidence": rms(evidence - exact["log_evidence"])}

@@ -5,7 +5,7 @@
 # %% auto #0
 __all__ = ['LEVELS', 'PARAMETERS', 'APPARATUS', 'TrapTable', 'trap_table', 'Cells', 'RidgeConfig', 'Ridge', 'Places', 'Windows',
            'Rough', 'Posterior', 'Modes', 'modes', 'single_mode', 'summaries', 'Threshold', 'noise_evidence',
-           'detection_threshold', 'plot_corner', 'line_information', 'Fisher', 'fisher']
+           'detection_threshold', 'plot_corner', 'unknown_start', 'line_information', 'Fisher', 'fisher']
 
 # %% ../../nbs/cres/27_fit.ipynb #d4e43bcb
 import copy
@@ -170,21 +170,22 @@ def _total(value: Tensor, event: Tensor, n: int) -> Tensor:
 # %% ../../nbs/cres/27_fit.ipynb #1d824412
 @dataclass(frozen=True)
 class RidgeConfig:
-    "How the posterior is calculated: by default fast, its moments exact to a tenth of its width; see `exact`."
+    "How the posterior is calculated: by default fast, its mean exact to a tenth of its width; see `exact`."
 
     orders: tuple[int, ...] = (-4, -2, 0, 2)  # lines that are used
-    resolution: float = 0.25  # largest width of cells over that of the posterior; 0: as fine as the likelihood is
-    weak: float = 1.0  # squared signal-to-noise ratio of lines beside the two strong ones that may be neglected
+    resolution: float = 0.2  # largest width of cells over that of the posterior; 0: as fine as the likelihood is
+    weak: float = 0.3  # squared signal-to-noise ratio of lines beside the two strong ones that may be neglected
     cut: float = 12.0  # main lines that are worse than the best by more than this, in log likelihood, are dropped
     tail: float = 1e-3  # probability that may be dropped in all
     step: float = 1.5  # width of the finest cells in standard deviations
+    fade: float = 3.0  # change of the amplitude from one end of a cell to the other, in standard deviations
     budget: int = 2**17  # cells of one event, from which on they are not cut any further
-    batch: int = 16  # events at a time
+    batch: int = 32  # events at a time
 
     @classmethod
     def exact(cls, **changes) -> "RidgeConfig":
         "Some ten times slower, and exact to a few hundredths of the posterior's width."
-        return cls(**{"resolution": 0.0, "weak": 0.05} | changes)
+        return cls(**{"resolution": 0.0, "weak": 0.05, "fade": 1.5} | changes)
 
 class Ridge:
     """The posterior of energy, pitch angle and radius of events of a simulator, with the priors that it draws from.
@@ -298,7 +299,7 @@ class Places(NamedTuple):
 
 def _places(self: Ridge, c: Cells) -> Places:
     "Where cells lie."
-    t, r = self.table, c.r.long()
+    t, r, c = self.table, c.r.long(), Cells(c.event, *(v.double() for v in c[1:]))
     a, b = torch.maximum(c.w - c.width_w / 2, t.low_Hz[r]), torch.minimum(c.w + c.width_w / 2, t.high_Hz[r])
     row = t.at(r, (a + b) / 2)
     low, high = ((cyclotron_frequency(e, row[:, 1]) - self.start_Hz) / self.step_Hz for e in self.energies[::-1])
@@ -332,6 +333,7 @@ Ridge.places, Ridge.power_response, Ridge.line_snr2, Ridge.line_x = _places, _po
 # %% ../../nbs/cres/27_fit.ipynb #30f8e7e0
 _WIDE, _BOX, _SIZES = 8, 64, 5  # points: least and largest width of wide cells; and sizes of windows, from _WIDE on
 _TONE = _OVER * math.sqrt(6) / (2 * math.pi)  # standard deviation of a tone's frequency, in points times SNR
+_STRONG = 40  # highest P of main lines from which on the search begins with cells as narrow as they are
 _LEVELS = 5.0  # values of sqrt(g) in a factor of e, beyond 2
 
 class Windows(NamedTuple):
@@ -436,6 +438,7 @@ def _prepare(self: Ridge) -> None:
     self.faster = np.polyfit(e, [_speed(t.energy_eV + k) / _speed(t.energy_eV) - 1 for k in e], 2)[:2].tolist()
     best = self.snr * float(power.max()) ** 0.5
     levels = torch.arange(2 + math.ceil(_LEVELS * math.log1p(best / 2)), device=self.device)
+    self.low_Hz, self.high_Hz = t.low_Hz.to(self.real), t.high_Hz.to(self.real)
     self.levels = 2 * (levels / _LEVELS).expm1()
     self.first = max(1, self.rows[0] - int(self.reaches[1]) - 2 * _BOX)
     last = min(self.rows[1] + 2 * _BOX, _OVER * self.bins - 2)
@@ -453,14 +456,14 @@ def _grid(self: Ridge) -> None:
     r, w = (v.flatten() for v in torch.meshgrid(r, w, indexing="ij"))
     low, high = torch.maximum(w - width / 2, t.low_Hz[r.long()]), torch.minimum(w + width / 2, t.high_Hz[r.long()])
     i = (low < high).nonzero()[:, 0]
-    self.grid_r, self.grid_w = r[i], w[i]
+    self.grid_r, self.grid_w = r[i].to(self.real), w[i].to(self.real)
     field = t.at(r[i].long(), ((low + high) / 2)[i])[:, 1]
-    full = torch.ones_like(field)
+    full = torch.ones_like(self.grid_w)
     c = Cells(i, full, self.grid_w, self.grid_r, full, width * full, _PARTS * full)
     rates = self._cell_rates(c)
     more = (rates[:, 0] * width + rates[:, 3] * _PARTS) / (2 * self.eV_per_point)
     low, high = ((cyclotron_frequency(e, field) - self.start_Hz) / self.step_Hz for e in self.energies[::-1])
-    self.grid_x = low - more, high + more  # somewhere in the cell
+    self.grid_x = tuple(v.to(self.real) for v in (low - more, high + more))  # somewhere in the cell
 
 def _start(self: Ridge, w: Windows) -> Cells:
     "Coarse cells of all main lines that may be the right one."
@@ -469,11 +472,12 @@ def _start(self: Ridge, w: Windows) -> Cells:
         raise DataError(f"noise of {self.sigma_V:g} V per quadrature", "next to nothing",
                         row=int((w.peak < 1e-2).int().argmax()), remedy="give records with their noise, in V")
     out, (low, high) = [], self.grid_x
-    for width, chosen in ((_WIDE, w.peak > 25), (_BOX, w.peak <= 25)):
+    for width, chosen in ((_WIDE, w.peak > _STRONG), (_BOX, w.peak <= _STRONG)):
         event, k = (self._worth(P, width) & chosen[:, None]).nonzero().unbind(1)
-        for e, x in zip(event.split(64), (self.first + (width - 1) / 2 + width * k.double()).split(64), strict=True):
+        k = self.first + (width - 1) / 2 + width * k.to(self.real)
+        for e, x in zip(event.split(64), k.split(64), strict=True):
             i, g = ((x[:, None] + width / 2 > low) & (x[:, None] - width / 2 < high)).nonzero().unbind(1)
-            full = torch.ones(len(i), dtype=torch.float64, device=x.device)
+            full = torch.ones(len(i), dtype=self.real, device=x.device)
             out.append(Cells(e[i], x[i], self.grid_w[g], self.grid_r[g], width * full, _BOX * self.step_Hz * full,
                              _PARTS * full))
     return _joined(out)
@@ -510,29 +514,29 @@ def _rough(self: Ridge, c: Cells, w: Windows, margin: int = 1) -> Rough:
     "Log posterior of cells; windows of the side line are twice (once without `margin`) as wide as its range."
     t, real, r = self.table, self.real, c.r.long()
     J = t.values.shape[1]
-    a, b = torch.maximum(c.w - c.width_w / 2, t.low_Hz[r]), torch.minimum(c.w + c.width_w / 2, t.high_Hz[r])
+    a, b = torch.maximum(c.w - c.width_w / 2, self.low_Hz[r]), torch.minimum(c.w + c.width_w / 2, self.high_Hz[r])
     at = (((a + b) / 2 - t.start_Hz) / t.step_Hz).clamp(0, J - 1.001)
     k = at.long()
     i = r * J + k
     row = torch.lerp(self.rough_table.index_select(0, i), self.rough_table.index_select(0, i + 1),
-                     (at - k).to(real)[:, None])
+                     (at - k)[:, None])
     apart, field, pitch, prior, by_w, by_r = row[:, :6].unbind(1)
-    x, width, mass_eV = c.x.to(real), c.width_x.to(real), t.energy_eV + ELECTRON_MASS_EV
+    x, width, mass_eV = c.x, c.width_x, t.energy_eV + ELECTRON_MASS_EV
     per, zero = self.step_Hz / self.middle_Hz, (self.middle_Hz - self.start_Hz) / self.step_Hz
     low, high = (zero + ((1 + field) * (mass_eV / (e + ELECTRON_MASS_EV)) - 1) / per for e in self.energies[::-1])
     centre, span = self._line(c, w, x)
     rates = self._cell_rates(c)
-    spread = span + (rates[:, 0] * c.width_w.to(real) + rates[:, 3] * c.width_r.to(real)) / self.eV_per_point
+    spread = span + (rates[:, 0] * c.width_w + rates[:, 3] * c.width_r) / self.eV_per_point
     inside = ((centre - low) / spread + 0.5).clamp(0, 1) * ((high - centre) / spread + 0.5).clamp(0, 1)
-    sizes = [(torch.log2(v / _WIDE) + 1e-3).floor().long() for v in (width, c.width_w.to(real) / self.step_Hz)]
-    reach = by_w * (c.width_w.to(real) / self.step_Hz) + by_r * c.width_r.to(real)  # of the side line, in points
+    sizes = [(torch.log2(v / _WIDE) + 1e-3).floor().long() for v in (width, c.width_w / self.step_Hz)]
+    reach = by_w * (c.width_w / self.step_Hz) + by_r * c.width_r  # of the side line, in points
     sizes[1] = torch.where((sizes[1] < 0) & (reach < _WIDE), -1,
                            (torch.log2(reach / _WIDE).ceil().long() + margin).clamp(0, _SIZES - 1))
     shift = (centre - zero) * per
     ends = [e - t.energy_eV for e in self.energies]
     energy = (mass_eV * (field - shift) / (1 + shift)).clamp(*ends)
     apart = apart * (1 + energy * (self.faster[1] + energy * self.faster[0]))
-    volume = (b - a).to(real).clamp(min=0) * width * inside * c.width_r.to(real)
+    volume = (b - a).clamp(min=0) * width * inside * c.width_r
     mass, snr2, share = prior + volume.log(), 0, w.share.to(real)[c.event]
     for line, place, size in ((self.main, torch.where(sizes[0] >= 0, x, centre), sizes[0]),
                               (self.side, centre - apart, sizes[1])):
@@ -552,7 +556,7 @@ def _line(self: Ridge, c: Cells, w: Windows, centre: Tensor) -> tuple[Tensor, Te
     block = ((c.x.index_select(0, i) - self.first - width / 2 + 0.5) / _WIDE).round().long().clamp(0, blocks - 1)
     j = (size * n + c.event.index_select(0, i)) * blocks + block
     return (centre.index_copy(0, i, w.top.view(-1).index_select(0, j)),
-            c.width_x.to(self.real).index_copy(0, i, w.span.view(-1).index_select(0, j)))
+            c.width_x.index_copy(0, i, w.span.view(-1).index_select(0, j)))
 
 def _cell_rates(self: Ridge, c: Cells) -> Tensor:  # (m, 4)
     "Change of energy (eV) and pitch angle (degrees) by Hz of W, of side line (points) and energy (eV) by row."
@@ -560,10 +564,16 @@ def _cell_rates(self: Ridge, c: Cells) -> Tensor:  # (m, 4)
     k = ((c.w - t.start_Hz) / t.step_Hz).long().clamp(0, t.values.shape[1] - 1)
     return self.rates.index_select(0, c.r.long() * t.values.shape[1] + k)
 
-def _energy_width(self: Ridge, c: Cells, w: Windows) -> Tensor:  # (m,)
-    "Ranges of energies in cells, in eV."
-    span = self._line(c, w, c.x.to(self.real))[1]
-    return (self._cell_rates(c)[:, 0] * c.width_w + self.eV_per_point * span).double()
+def _widths(self: Ridge, c: Cells, w: Windows) -> tuple[Tensor, Tensor]:  # (m,) each
+    "Widths of wide cells in energy (eV) and pitch angle (degrees); 0 of narrow ones, whose centres are enough."
+    by_w, turn, _, by_r = self._cell_rates(c).unbind(1)
+    energy = torch.stack([by_w * c.width_w, self.eV_per_point * self._line(c, w, c.x)[1], by_r * c.width_r])
+    wide = ~self._is_narrow(c)
+    return tuple((v * wide).double() for v in (energy.square().sum(0).sqrt(), turn * c.width_w))
+
+def _is_narrow(self: Ridge, c: Cells) -> Tensor:  # (m,) bool
+    "Whether the likelihood of cells is that of their centres."
+    return (c.width_x < _WIDE) & (c.width_w < _WIDE * self.step_Hz * (1 - 1e-6))
 
 def _rough_snr2(self: Ridge, strength: Tensor, shift: Tensor, away: Tensor) -> Tensor:
     "Squared SNR of a line `away` points from the carrier, whose relative distance to the middle is `shift`."
@@ -572,10 +582,11 @@ def _rough_snr2(self: Ridge, strength: Tensor, shift: Tensor, away: Tensor) -> T
     return (strength * self.snr) ** 2 / (1 + off * off)
 
 Ridge._rough, Ridge._rough_snr2, Ridge._line = _rough, _rough_snr2, _line
-Ridge._cell_rates, Ridge._energy_width = _cell_rates, _energy_width
+Ridge._cell_rates, Ridge._widths, Ridge._is_narrow = _cell_rates, _widths, _is_narrow
 
 # %% ../../nbs/cres/27_fit.ipynb #fedb3f01
 _BINS = 512
+_MINOR = 0.1  # share of a cell, over that of the usual ones, below which it may be wider
 
 def _width(x: Tensor, size: Tensor, p: Tensor, event: Tensor, n: int, low: float, high: float) -> Tensor:  # (n,)
     "Widths of the distributions of x (m,) of n events with the weights p (m,), in bins of the mean size of the cells."
@@ -586,7 +597,7 @@ def _width(x: Tensor, size: Tensor, p: Tensor, event: Tensor, n: int, low: float
 
 def _kept(self: Ridge, c: Cells, s: Rough, w: Windows, n: int) -> tuple[Tensor, Tensor]:
     "Cells that may hold some of the probability, and the share of each; a cell with its maximum off centre may more."
-    change = self.fade[c.r.long()] * c.width_r.to(self.real) / 2
+    change = self.fade[c.r.long()] * c.width_r / 2
     slack = torch.where(2 * change * (2 * s.snr2).sqrt() > self.config.step, 2 * s.snr2 * change**2 + 0.5, 0)
     narrow = torch.where(c.width_x < _WIDE, 0.03 * c.width_x**2 * w.peak[c.event], 0)
     slack = slack + narrow + 0.01 * s.reach**2 * s.exponent
@@ -598,16 +609,18 @@ def _kept(self: Ridge, c: Cells, s: Rough, w: Windows, n: int) -> tuple[Tensor, 
 
 def _needs(self: Ridge, c: Cells, s: Rough, w: Windows, share: Tensor) -> tuple[Tensor, Tensor, Tensor]:
     "Into how many parts cells must be cut along x, W and radius."
-    t, e, n, step, real = self.table, self.simulator.config.electrons, len(w.peak), self.config.step, self.real
+    t, e, n, step = self.table, self.simulator.config.electrons, len(w.peak), self.config.step
     low, high = (v - t.energy_eV for v in self.energies)
-    r, width_x, width_w = c.r.long(), c.width_x.to(real), (c.width_w / self.step_Hz).to(real)
+    r, width_x, width_w = c.r.long(), c.width_x, c.width_w / self.step_Hz
     by_w, turn, apart, by_r = self._cell_rates(c).unbind(1)
-    wanted = [self.config.resolution * _width(x, size, share, c.event, n, *ends)[c.event] for x, size, ends in (
-        (s.energy_eV, by_w * c.width_w.to(real) + s.span * self.eV_per_point, (low, high)),
-        (s.pitch_angle_deg, turn * c.width_w.to(real), (e.pitch_low_deg, e.pitch_high_deg)))]
+    bulk = _total(share**2, c.event, n) / _total(share, c.event, n)
+    wider = (_MINOR * bulk[c.event] / share.clamp(min=1e-30)).sqrt().clamp(min=1)
+    wanted = [self.config.resolution * wider * _width(x, size, share, c.event, n, *ends)[c.event] for x, size, ends in (
+        (s.energy_eV, by_w * c.width_w + s.span * self.eV_per_point, (low, high)),
+        (s.pitch_angle_deg, turn * c.width_w, (e.pitch_low_deg, e.pitch_high_deg)))]
     tone = step * _TONE / w.peak.clamp(min=6).sqrt()[c.event]
     fine_x, fine_w = wanted[0] / self.eV_per_point, torch.minimum(wanted[0] / by_w, wanted[1] / turn) / self.step_Hz
-    wide, more = width_w >= _WIDE, s.rest > self.config.weak
+    wide, more = width_w >= _WIDE, s.rest > self.config.weak * wider
     fine_w = torch.where(wide, fine_w, step * _TONE / (s.exponent / 2).clamp(min=4).sqrt())
     fine_w = torch.where(wide & more, 0, fine_w)
     parts = lambda width, fine: torch.exp2(torch.log2(width / fine).ceil()).clamp(2, 8)  # noqa: E731
@@ -615,8 +628,8 @@ def _needs(self: Ridge, c: Cells, s: Rough, w: Windows, share: Tensor) -> tuple[
     x = torch.where((width_x >= _WIDE) & ((s.span > fine_x) | (more & ~wide)), x, 1)
     side = torch.where(width_w > _WIDE, torch.minimum(parts(width_w, fine_w), width_w / _WIDE), 2 + 2 * wide)
     side = torch.where(width_w > fine_w, side, 1)
-    width_r = c.width_r.to(real)
-    coarse = (self.fade[r] * width_r * (2 * s.snr2).sqrt() > step) | (
+    width_r = c.width_r
+    coarse = (self.fade[r] * width_r * (2 * s.snr2).sqrt() > self.config.fade) | (
         apart * width_r > torch.maximum(fine_w, width_w / 2)) | (by_r * width_r > (2 * wanted[0]).clamp(min=0.02))
     return x.long(), side.long(), 1 + (coarse & (width_r > 2)).long()
 
@@ -627,16 +640,19 @@ def _cells(self: Ridge, D: Tensor, w: Windows | None = None) -> Cells:
     "The cells that hold the posteriors of spectra D (n, M)."
     n, w = len(D), self.windows(D) if w is None else w
     c, rough = self._start(w), lambda c: _joined([self._rough(part, w) for part in c.parts()])
-    s = rough(c)
+    s, done = rough(c), []
     while True:
         i, share = self._kept(c, s, w, n)
         c, s, share = c.pick(i), Rough(*(v.index_select(0, i) for v in s)), share.index_select(0, i)
         x, side, r = self._needs(c, s, w, share)
         few = torch.bincount(c.event, minlength=n) <= self.config.budget
         cut = (x * side * r > 1) & few[c.event]
-        i, j = cut.nonzero()[:, 0], (~cut).nonzero()[:, 0]
+        i = cut.nonzero()[:, 0]
+        busy = torch.zeros(n, dtype=torch.bool, device=D.device).index_fill_(0, c.event[i], True)[c.event]
+        done.append(c.pick((~busy).nonzero()[:, 0]))
         if not len(i):
-            return c
+            return _joined(done)
+        j = (busy & ~cut).nonzero()[:, 0]
         new, k = _cut(c.pick(i), "x", x[i])
         one = x[i][k] > 1
         new, m = _cut(new, "w", torch.where(one, 1, side[i][k]))
@@ -689,9 +705,9 @@ def _narrow(self: Ridge, w: Windows, c: Cells) -> tuple[Tensor, ...]:
 def _log_posterior(self: Ridge, D: Tensor, c: Cells, w: Windows | None = None) -> tuple[Tensor, ...]:  # (m,) each
     "Log of likelihood ratio, prior and volume of cells; energy in eV, pitch angle in degrees and radius in m."
     w = self.windows(D) if w is None else w
-    narrow = (c.width_x < _WIDE) & (c.width_w < _WIDE * self.step_Hz * (1 - 1e-6))
+    narrow = self._is_narrow(c)
     i, j = narrow.nonzero()[:, 0], (~narrow).nonzero()[:, 0]
-    out = [torch.empty_like(c.x) for _ in range(3)]
+    out = [torch.empty_like(c.x, dtype=torch.float64) for _ in range(3)]
     if len(i):
         found = [self._narrow(w, part) for part in c.pick(i).parts(2**13)]
         for v, new in zip(out, zip(*found, strict=True), strict=True):
@@ -700,7 +716,7 @@ def _log_posterior(self: Ridge, D: Tensor, c: Cells, w: Windows | None = None) -
         s = _joined([self._rough(part, w, 0) for part in c.pick(j).parts()])
         for v, new in zip(out, (s.mass, s.energy_eV.double() + self.table.energy_eV, s.pitch_angle_deg), strict=True):
             v.index_copy_(0, j, new.double())
-    return *out, c.r * self.table.radius_step_m
+    return *out, c.r.double() * self.table.radius_step_m
 
 Ridge._independent, Ridge._coherent, Ridge._narrow = _independent, _coherent, _narrow
 Ridge.log_posterior = _log_posterior
@@ -711,6 +727,7 @@ def _sorted(event: Tensor, value: Tensor) -> Tensor:
     low, high = value.min(), value.max()
     return torch.argsort(event + (value - low).double() / (high - low).clamp(min=1e-300) * 0.999)
 
+# %% ../../nbs/cres/27_fit.ipynb #ddfa760f
 @dataclass
 class Posterior:
     "Posteriors of n events as m weighted cells; the weights of an event sum to 1, its cells lie together."
@@ -721,10 +738,15 @@ class Posterior:
     pitch_angle_deg: Tensor  # (m,)
     radius_m: Tensor  # (m,)
     log_evidence: Tensor  # (n,) natural logarithm of the evidence of an electron against that of noise alone
-    width_eV: Tensor | float = 0.0  # (m,) range of the energies in a cell
+    width_eV: Tensor | float = 0.0  # (m,) in energy, of cells whose weight is a mean over the cell
+    width_deg: Tensor | float = 0.0  # (m,) in pitch angle
 
     def __len__(self) -> int:
         return len(self.log_evidence)
+
+    def width(self, name: str) -> Tensor | float:
+        "Width of the cells."
+        return {"energy_eV": self.width_eV, "pitch_angle_deg": self.width_deg}.get(name, 0.0)
 
     def mean(self, name: str = "energy_eV") -> Tensor:  # (n,)
         "Posterior mean: what has the smallest RMS error of all estimates."
@@ -733,7 +755,7 @@ class Posterior:
     def sigma(self, name: str = "energy_eV") -> Tensor:  # (n,)
         "Posterior standard deviation."
         away = getattr(self, name) - self.mean(name)[self.event]
-        return _total(self.weight * away**2, self.event, len(self)).sqrt()
+        return _total(self.weight * (away**2 + self.width(name)**2 / 12), self.event, len(self)).sqrt()
 
     def mode(self, name: str = "energy_eV") -> Tensor:  # (n,)
         "Value at the cell of the highest weight."
@@ -756,16 +778,18 @@ class Posterior:
 
     def below(self, value: Tensor, name: str = "energy_eV") -> Tensor:  # (n,)
         "Probability of less than `value` (n,); of true values it is uniform."
-        return _total(self.weight * (getattr(self, name) < value[self.event]), self.event, len(self))
+        above = value[self.event] - getattr(self, name)
+        width = torch.as_tensor(self.width(name)).clamp(min=1e-12)
+        return _total(self.weight * (above / width + 0.5).clamp(0, 1), self.event, len(self))
 
     def select(self, event: int) -> "Posterior":
         "The posterior of one event."
         i = self.event == event
         return Posterior(self.event[i] * 0, self.weight[i], self.energy_eV[i], self.pitch_angle_deg[i],
                          self.radius_m[i], self.log_evidence[event:event + 1],
-                         self.width_eV[i] if isinstance(self.width_eV, Tensor) else self.width_eV)
+                         *(v[i] if isinstance(v, Tensor) else v for v in (self.width_eV, self.width_deg)))
 
-# %% ../../nbs/cres/27_fit.ipynb #ddfa760f
+# %% ../../nbs/cres/27_fit.ipynb #3146fa3b
 def _runs(p: Posterior, gap_eV: float, tail: float) -> tuple[Tensor, Tensor]:
     "Cells that hold all but `tail` of the probability, by event and energy, and the number of the run of each."
     event, weight, energy, n = p.event, p.weight, p.energy_eV, len(p)
@@ -802,9 +826,10 @@ def modes(
     mass = _total(w, run, count)
     event = p.event.new_zeros(count).index_copy_(0, run, p.event[keep])
     columns = []
-    for x in (p.energy_eV[keep], p.pitch_angle_deg[keep]):
+    for name in ("energy_eV", "pitch_angle_deg"):
+        x, within = getattr(p, name)[keep], (torch.zeros_like(p.weight) + p.width(name))[keep] ** 2 / 12
         mean = _total(w * x, run, count) / mass
-        columns += [mean, (_total(w * (x - mean[run]) ** 2, run, count) / mass).sqrt()]
+        columns += [mean, (_total(w * ((x - mean[run]) ** 2 + within), run, count) / mass).sqrt()]
     order = _sorted(event, -mass)
     order = order[(mass[order] >= least) | (mass[order] == _peak(mass, event, len(p))[event[order]])]
     return Modes(*(v[order] for v in (event, mass, *columns)))
@@ -820,7 +845,7 @@ def single_mode(
     narrow = m.event[(m.weight >= weight) & (m.energy_sigma_eV <= sigma_eV)]
     return torch.zeros(len(p), dtype=torch.bool, device=m.weight.device).index_fill_(0, narrow, True)
 
-# %% ../../nbs/cres/27_fit.ipynb #3146fa3b
+# %% ../../nbs/cres/27_fit.ipynb #fd69099f
 def _posterior(
     self: Ridge,
     ts: Tensor,  # (n, 2, samples) in V, with noise
@@ -842,7 +867,7 @@ def _posterior(
              for a in range(0, len(ts), step)]
     shifted = [p.event + k * self.config.batch for k, p in enumerate(parts)]
     columns = [torch.cat([getattr(p, f) for p in parts]) for f in
-               ("weight", "energy_eV", "pitch_angle_deg", "radius_m", "log_evidence", "width_eV")]
+               ("weight", "energy_eV", "pitch_angle_deg", "radius_m", "log_evidence", "width_eV", "width_deg")]
     return Posterior(torch.cat(shifted), *columns)
 
 def _batch(self: Ridge, ts: Tensor, times=None) -> Posterior:
@@ -857,7 +882,7 @@ def _batch(self: Ridge, ts: Tensor, times=None) -> Posterior:
     total = _total(weight, cells.event, len(D))
     keep = (weight > 1e-9 * total[cells.event]).nonzero()[:, 0]
     return Posterior(*(v[keep] for v in (cells.event, weight / total[cells.event], *columns)), top + total.log(),
-                     self._energy_width(cells, windows)[keep])
+                     *(v[keep] for v in self._widths(cells, windows)))
 
 Ridge._batch, Ridge.__call__ = _batch, _posterior
 
@@ -980,6 +1005,25 @@ def _ranges(p: Posterior, tail: float = 1e-3) -> list[tuple[float, float]]:
         margin = 0.06 * (high - low) + 1e-9
         out.append((low - margin, high + margin))
     return out
+
+# %% ../../nbs/cres/27_fit.ipynb #96e6b48d
+def unknown_start(
+    ridge: Ridge,
+    ts: Tensor,  # (n, 2, samples) in V, with noise
+    starts_s: Sequence[float],  # K equally likely starts of the track
+    stop_s=math.inf,  # (n,) known ends
+) -> tuple[Posterior, Tensor]:
+    "Posteriors of records whose tracks start at an unknown time, and the probability (n, K) of each start."
+    parts = [ridge(ts, t, stop_s) for t in starts_s]
+    log_evidence = torch.stack([p.log_evidence for p in parts], 1)
+    probable = log_evidence.softmax(1)
+    event = torch.cat([p.event for p in parts])
+    order = torch.argsort(event, stable=True)
+    weight = torch.cat([p.weight * probable[p.event, k] for k, p in enumerate(parts)])
+    columns = [torch.cat([getattr(p, f) for p in parts])[order]
+               for f in ("energy_eV", "pitch_angle_deg", "radius_m", "width_eV", "width_deg")]
+    return Posterior(event[order], weight[order], *columns[:3], log_evidence.logsumexp(1) - math.log(len(parts)),
+                     *columns[3:]), probable
 
 # %% ../../nbs/cres/27_fit.ipynb #ddbd9d3f
 def line_information(

@@ -5,10 +5,10 @@
 # %% auto #0
 __all__ = ['DEMO_MEASUREMENT', 'VERBS', 'Parser', 'fail', 'guarded', 'check_target', 'add_simulate', 'setup_from_args',
            'simulate', 'random_labels', 'add_prepare', 'prepare', 'print_pairs', 'add_train', 'train',
-           'config_from_args', 'describe', 'add_evaluate', 'evaluate', 'run_parts', 'add_infer', 'infer', 'one_row',
-           'answer', 'calibrated', 'temperature', 'add_fit', 'fit', 'write_fit', 'fit_rows', 'add_explain', 'explain',
-           'explain_parts', 'add_compare', 'compare', 'add_demo', 'demo_config', 'demo', 'demo_spectra', 'demo_rows',
-           'run_program', 'deadlayer']
+           'config_from_args', 'describe', 'add_evaluate', 'evaluate', 'run_parts', 'add_infer', 'infer',
+           'robust_answer', 'one_row', 'answer', 'calibrated', 'all_methods', 'temperature', 'add_fit', 'fit',
+           'write_fit', 'fit_rows', 'add_explain', 'explain', 'explain_parts', 'add_compare', 'compare', 'add_demo',
+           'demo_config', 'demo', 'demo_spectra', 'demo_rows', 'run_program', 'deadlayer']
 
 # %% ../nbs/90_cli.ipynb #52fa5860
 import os
@@ -300,9 +300,12 @@ def add_infer(p: Parser) -> None:
     p.add_argument("--reference", nargs="+", type=str, help="Monte-Carlo to scan; default: that of the training")
     p.add_argument("--row", type=int | None, help="which spectrum, counted from 0, if the file holds several")
     p.add_argument("--out", type=str, help="folder for the answer; default: RUN/infer/NAME")
+    p.add_argument("--robust", type=str, help="a second run, trained on distorted spectra, to ask too")
+    p.add_argument("--methods", choices=["all", "network"], default="all",
+                   help="all: the peak ratio and the likelihood of the whole spectrum as well, and one table of them")
 
 def infer(args: Namespace) -> None:
-    "Infer FCCD and DLF of a measured spectrum by scanning the reference FCCD."
+    "Infer FCCD and DLF of a measured spectrum by the network and by all other methods."
     from deadlayer_cres.deadlayer.data import read_spectra
     from deadlayer_cres.deadlayer.train import load_run
 
@@ -311,7 +314,22 @@ def infer(args: Namespace) -> None:
     measured, row = one_row(read_spectra(args.spectrum), args.row, args.spectrum)
     measured = measured.select_energy(config.data.low_keV, config.data.high_keV).rebin(config.data.rebin)
     out = Path(args.out or run.path / "infer" / Path(args.spectrum).stem)
-    answer(run, config, pipeline, parts, measured, out, {"spectrum": args.spectrum, "row": row})
+    if args.robust and config.pairs.first != "random_dlf":
+        raise ConfigError("a run with random DLF beside --robust", config.pairs.first, args.run, row="pairs.first")
+    second = robust_answer(args) if args.robust else None
+    answer(run, config, pipeline, parts, measured, out, {"spectrum": args.spectrum, "row": row}, args.methods, second)
+
+def robust_answer(args: Namespace):
+    "What the second run says of the same spectrum."
+    from deadlayer_cres.deadlayer.data import read_spectra
+    from deadlayer_cres.deadlayer.train import load_run
+
+    _, config, pipeline = load_run(args.robust)
+    if config.pairs.first != "random_dlf":
+        raise ConfigError("a run with random DLF", config.pairs.first, args.robust, row="pairs.first")
+    measured, _ = one_row(read_spectra(args.spectrum), args.row, args.spectrum)
+    measured = measured.select_energy(config.data.low_keV, config.data.high_keV).rebin(config.data.rebin)
+    return calibrated(config, pipeline, run_parts(config, pipeline, None), measured)
 
 def one_row(spectra, row: int | None, path: str) -> tuple:
     "The chosen spectrum and its row; a `ConfigError` if there is no such row, or several and none is chosen."
@@ -321,7 +339,8 @@ def one_row(spectra, row: int | None, path: str) -> tuple:
     return spectra[row], row
 
 # %% ../nbs/90_cli.ipynb #bb71e4dd
-def answer(run, config, pipeline, parts: dict, measured, out: Path, facts: dict) -> dict:
+def answer(run, config, pipeline, parts: dict, measured, out: Path, facts: dict, methods: str = "network",
+           robust=None) -> dict:
     "Infer, write the answer to `out`, print it; returns the content of result.json."
     from deadlayer_cres.deadlayer.data import concatenate
     from deadlayer_cres.deadlayer.infer import check_measured, result_rows, write_inference
@@ -357,6 +376,8 @@ def answer(run, config, pipeline, parts: dict, measured, out: Path, facts: dict)
     for text in result.warnings:
         print(f"warning: {text}", file=sys.stderr)
     print(f"report: {report}")
+    if whole and methods == "all":
+        all_methods(whole, measured, parts, robust, out / "answer", facts)
     return result.summary() | values
 
 def calibrated(config, pipeline, parts: dict, measured):
@@ -365,6 +386,45 @@ def calibrated(config, pipeline, parts: dict, measured):
 
     with about(", ".join(config.data.spectra)):
         return infer_all(pipeline, measured, parts, config.pairs.nuisance, config.train.seed)
+
+def all_methods(whole, measured, parts: dict, robust, out: Path, facts: dict) -> None:
+    "Ask every method, write their common answer to `out`, and print it."
+    from deadlayer_cres.deadlayer import answer as an
+    from deadlayer_cres.deadlayer.data import concatenate
+    from deadlayer_cres.deadlayer.likelihood import fit_figure, full_spectrum_fit, windows_figure, windows_inside
+    from deadlayer_cres.deadlayer.peaks import budget_figure, calibration_figure, fccd_from_peaks
+    from deadlayer_cres.plots import Section
+
+    train, estimates, warnings, details = concatenate([p["train"] for p in parts.values()]), [], [], []
+    try:
+        peaks = fccd_from_peaks(measured, train)
+        estimates.append(an.from_peaks(peaks))
+        details.append(Section("Peak ratio", figures=[(calibration_figure(peaks), "Peak ratio against FCCD."),
+                                                      (budget_figure(peaks), "Budget of errors.")]))
+    except DataError as e:
+        warnings.append(f"No peak ratio: {e}")
+    try:
+        full = full_spectrum_fit(measured, whole.emulator, windows_inside(whole.emulator))
+        estimates += an.from_likelihood(full)
+        details.append(Section("Likelihood", figures=[(windows_figure(full), "FCCD and DLF window by window."),
+                                                      (fit_figure(full.fits[0]), "Fit of the whole spectrum.")]))
+    except DataError as e:
+        warnings.append(f"No likelihood: {e}")
+    for network, name in ((whole, "network"), (robust, "robust network")):
+        if network is not None:
+            found, counts = network.summary()["posterior"], network is (robust or whole)
+            described = network.verdict["described"]
+            estimates.append(an.from_network(found, name, described, counts, "" if counts else "see the robust one"))
+            estimates.append(an.from_loop(network.loop, found, f"loop of the {name}", described))
+            details += [replace(part, title=f"{part.title}, {name}") for part in network.sections()]
+    published = an.PUBLISHED if "V05268A" in Path(facts.get("spectrum", "")).name else ()
+    found = an.combine(estimates, published, warnings)
+    report = an.write_answer(found, out, details=details, facts=facts)
+    print_pairs("All methods: FCCD [mm], DLF", {
+        row[0]: f"{row[1]:22s} {row[2]:22s} {row[5]}" for row in an.answer_rows(found)})
+    for text in (*warnings, *an.sentences(found)):
+        print(text)
+    print(f"report of all methods: {report}")
 
 def temperature(config, pipeline, parts: dict, family: dict) -> dict:
     "The option of `infer.infer` for a network that was trained without random DLF."

@@ -7,7 +7,7 @@ __all__ = ['SURE', 'SCORES', 'PRIOR_SIGMA', 'emulate', 'reference_spectra', 'Sca
            'pseudo_experiments', 'Pivot', 'fit_pivot', 'Calibration', 'dlf_offset', 'calibrate', 'Posteriors',
            'infer_posterior', 'sbc', 'sbc_figure', 'fisher_limit', 'best_description', 'window_fits', 'Guard',
            'fit_guard', 'guard_warnings', 'guard_figure', 'Loop', 'iterate', 'loop_figure', 'posterior_figure',
-           'Answer', 'start_from_peaks', 'answer']
+           'NetworkAnswer', 'start_from_peaks', 'answer']
 
 # %% ../../nbs/deadlayer/41_posterior.ipynb #9356f4b0
 from collections.abc import Callable, Mapping
@@ -620,7 +620,7 @@ def posterior_figure(posterior: Posteriors, k: int = 0) -> Figure:
 
 # %% ../../nbs/deadlayer/41_posterior.ipynb #c7339ac3
 @dataclass(frozen=True, eq=False)
-class Answer:
+class NetworkAnswer:
     "Posterior, verdict of the guard and loop for one measured spectrum."
 
     measured: Spectra
@@ -629,6 +629,7 @@ class Answer:
     verdict: dict  # of `Guard.check`
     loop: Loop
     start: str  # where the loop began, in words
+    emulator: Emulator  # of the training part
 
     def summary(self) -> dict:
         "What goes to result.json."
@@ -681,7 +682,7 @@ def answer(
     parts: Mapping[str, Mapping[str, Spectra]],  # from `train.split_spectra`, with random DLF
     nuisance: NuisanceConfig | None = None,  # as in the training
     seed: int = 0,
-) -> Answer:
+) -> NetworkAnswer:
     "Calibrated posterior, guard and loop for a measured spectrum."
     train, valid = concatenate([p["train"] for p in parts.values()]), parts["random_dlf"]["valid"]
     emulator = emulate(train)
@@ -695,4 +696,4 @@ def answer(
     verdict = guard.check(counts, posterior.quantile(0.5), dlf)[0]
     start, words = start_from_peaks(measured, train)
     loop = iterate(pipeline, measured, emulator, start, calibration)
-    return Answer(measured, references, posterior, verdict, loop, words)
+    return NetworkAnswer(measured, references, posterior, verdict, loop, words, emulator)

@@ -284,7 +284,8 @@ def read_detector(
     fccd = _length(meta, f"{best}.value", path, _length(meta, fallback + "dl_thickness_in_mm", path, -0.0))
     errors = tuple(_length(meta, f"{best}.uncertainty.{side}", path, -0.0) for side in ("pos", "neg"))
     mass = _length(meta, "production.mass_in_g", path, -0.0)
-    return Detector(str(_entry(meta, "name", path)), crystal, fccd or None, errors if all(errors) else None, mass or None)
+    name = str(_entry(meta, "name", path))
+    return Detector(name, crystal, fccd or None, errors if all(errors) else None, mass or None)
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #64b1fd54
 def _crystal(meta: dict, path: Path, borehole_fccd_fraction: float) -> Crystal:
@@ -296,8 +297,8 @@ def _crystal(meta: dict, path: Path, borehole_fccd_fraction: float) -> Crystal:
     groove, contact = mm("groove.radius_in_mm.outer", 0.0), mm("pp_contact.radius_in_mm", 0.0)
     enriched = _length(meta, "production.enrichment.val", path, 0.0)
     atom = enriched * 75.921 + (1 - enriched) * 73.921 if enriched else 72.63  # the rest of enriched Ge is Ge-74
-    tapers = {f"{n}_taper_{k}": mm(f"taper.{n}.{k.replace('height_mm', 'height_in_mm').replace('_deg', '_in_deg')}", 0.0)
-              for n in ("top", "bottom", "borehole") for k in ("height_mm", "angle_deg")}
+    tapers = {f"{n}_taper_{a}_{unit}": mm(f"taper.{n}.{a}_in_{unit}", 0.0)
+              for n in ("top", "bottom", "borehole") for a, unit in (("height", "mm"), ("angle", "deg"))}
     return Crystal(mm("radius_in_mm"), mm("height_in_mm"), mm("borehole.radius_in_mm", 0.0),
                    mm("borehole.depth_in_mm", 0.0), groove or contact, borehole_fccd_fraction, 5.323 * atom / 72.63,
                    groove_inner_radius_mm=mm("groove.radius_in_mm.inner", 0.0), groove_outer_radius_mm=groove,

@@ -313,9 +313,11 @@ def fly(
     start, end = geometry.solids[geometry.hull].crossings(photons.position_mm, photons.direction)
     meets = end > np.maximum(start, 0)
     parts = [_fly(photons[meets], geometry, 0, rng), _fly(photons[~meets], geometry, geometry.hull + 1, rng)]
-    (a, b), material = (p[0] for p in parts), np.concatenate([p[1] for p in parts])
-    return Photons(np.concatenate([a.event, b.event]), np.concatenate([a.energy_keV, b.energy_keV]),
-                   np.concatenate([a.position_mm, b.position_mm], 1), np.concatenate([a.direction, b.direction], 1)), material
+    (a, m), (b, k) = parts
+    together = Photons(np.concatenate([a.event, b.event]), np.concatenate([a.energy_keV, b.energy_keV]),
+                       np.concatenate([a.position_mm, b.position_mm], 1),
+                       np.concatenate([a.direction, b.direction], 1))
+    return together, np.concatenate([m, k])
 
 def _fly(photons: Photons, geometry: Geometry, skip: int, rng: np.random.Generator) -> tuple[Photons, np.ndarray]:
     "As `fly`, without the first `skip` solids."
@@ -492,7 +494,8 @@ UNITS = {"edep": {"ev": 1e-3, "kev": 1.0, "mev": 1e3, "gev": 1e6},
 
 def _unit(item, kind: str, path: Path) -> float:
     "What to multiply with to get keV or mm."
-    noted = item.attrs.get("units", item["flattened_data"].attrs.get("units", "") if isinstance(item, h5py.Group) else "")
+    inner = item["flattened_data"].attrs if isinstance(item, h5py.Group) else {}
+    noted = item.attrs.get("units", inner.get("units", ""))
     noted = noted.decode() if isinstance(noted, bytes) else str(noted)
     if noted and noted.lower() not in UNITS[kind]:
         raise DataError(f"one of the units {', '.join(UNITS[kind])}", repr(noted), path, item.name)
@@ -508,8 +511,8 @@ def _column(item, path: Path) -> tuple[np.ndarray, np.ndarray | None]:
     ends = item.get("cumulative_length") if isinstance(item, h5py.Group) else None
     flat = item.get("flattened_data") if isinstance(item, h5py.Group) else None
     if not all(isinstance(d, h5py.Dataset) and d.ndim == 1 for d in (ends, flat)):
-        raise DataError("an array, or a vector of vectors of numbers", str(item.attrs.get("datatype", type(item).__name__)),
-                        path, item.name)
+        kind = item.attrs.get("datatype", type(item).__name__)
+        raise DataError("an array, or a vector of vectors of numbers", str(kind), path, item.name)
     lengths, values = np.diff(ends[()].astype(np.int64), prepend=0), flat[()]
     if (lengths < 0).any() or lengths.sum() != len(values):
         raise DataError(f"cumulative lengths that rise to {len(values)}", f"{lengths.sum()}", path, item.name)
@@ -693,7 +696,8 @@ def _linear_share(depth_mm: np.ndarray, fccd_in_mm: np.ndarray, dlf: np.ndarray)
     with np.errstate(over="ignore"):
         return np.clip((depth_mm - fccd_in_mm * dlf) * steep, 0, 1)
 
-def _count(energy: np.ndarray, noise: np.ndarray, fwhm: Callable | None, edges: np.ndarray, threshold: float) -> np.ndarray:
+def _count(energy: np.ndarray, noise: np.ndarray, fwhm: Callable | None, edges: np.ndarray,
+           threshold: float) -> np.ndarray:
     "Histograms, end to end, of the rows of energies (rows, decays); those of 0 are not seen."
     bins, low, high = len(edges) - 1, edges[0], edges[-1]
     seen, measured = energy > 0, energy
@@ -825,8 +829,15 @@ def simulate_spectra(
     edges = _even_edges(kwargs.get("edges_keV"))
     return Spectra(np.array(counts, np.int64), edges, fccd, dead, decays / MEASUREMENT_DECAYS, origin)
 
-def spectra_of_hits(hits: Hits, fccd_in_mm: Sequence[float], dlf: Sequence[float], *, seed: int = 0, **kwargs) -> Spectra:
-    "Spectra of the same hits, simulated or read, for each pair of FCCD and DLF; `kwargs` are those of `spectrum`."
+def spectra_of_hits(
+    hits: Hits,  # simulated or read
+    fccd_in_mm: Sequence[float],  # (n,) full charge collection depths in mm, or one for all
+    dlf: Sequence[float],  # (n,) dead layer fractions, or one for all
+    *,
+    seed: int = 0,  # of the resolution
+    **kwargs,  # of `grid_spectra`
+) -> Spectra:  # n spectra with labels and exposure
+    "Spectra of the same hits for each pair of FCCD and DLF."
     fccd, dead = np.broadcast_arrays(np.atleast_1d(np.asarray(fccd_in_mm, float)), np.asarray(dlf, float))
     counts = grid_spectra(hits, fccd, dead, seed=seed, **kwargs)
     origin = {"simulation": "deadlayer_cres", "decays": hits.decays, "seed": seed, "independent": False}

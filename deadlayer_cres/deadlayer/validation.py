@@ -37,7 +37,8 @@ def weights(
 ) -> tuple[list[str], np.ndarray]:  # names; (features, bins)
     "The weighted sums of bins that make lines and bands; those that reach beyond the edges are left out."
     centre, names, rows = (edges_keV[1:] + edges_keV[:-1]) / 2, [], []
-    for name, (low, high), side in [*((n, w, side_keV) for n, w in LINES.items()), *((n, w, 0.0) for n, w in BANDS.items())]:
+    for name, (low, high) in (LINES | BANDS).items():
+        side = side_keV if name in LINES else 0.0
         if low - side < edges_keV[0] - 1e-9 or high + side > edges_keV[-1] + 1e-9:
             continue
         here = (centre > low) & (centre < high)
@@ -97,7 +98,8 @@ def compare(
     scale = theirs.exposure / ours.exposure
     if normalise is not None:
         if normalise not in LINES or normalise not in names:
-            raise ConfigError(f"a line among {', '.join(n for n in names if n in LINES)}", repr(normalise), row="normalise")
+            lines = ", ".join(n for n in names if n in LINES)
+            raise ConfigError(f"a line among {lines}", repr(normalise), row="normalise")
         scale = y[names.index(normalise)] / x[names.index(normalise)]
     known = [(n, names.index(p), names.index(q)) for n, (p, q) in RATIOS.items() if p in names and q in names]
     with np.errstate(divide="ignore", invalid="ignore"):

@@ -98,7 +98,7 @@ def check_titles(site: Site) -> list[str]:
         if name.endswith(".qmd"):
             front = re.match(r"---\n(.*?)\n---\n", head["source"], re.S)
             front = yaml.safe_load(front[1]) if front else {}
-            good = all(isinstance(v := (front or {}).get(k), str) and v and "\n" not in v for k in ("title", "subtitle"))
+            good = all(isinstance(v := front.get(k), str) and v and "\n" not in v for k in ("title", "subtitle"))
         else:
             good = head["cell_type"] == "markdown" and re.fullmatch(r"# \S.*\n+> \S.*\s*", head["source"])
         if not good:
@@ -142,13 +142,16 @@ def dead_end(target: str, folder: Path, page: Page, site: Site) -> str | None:
         return "no such file"
     if mark:
         known = {p.path.resolve(): p for p in site.pages.values()}
-        other = page if not path else known.get(file) or (read_page(file, file.parent) if file.suffix == ".md" else None)
-        return None if other is None or mark in other.anchors else f"no heading #{mark}"
+        if not path or file in known or file.suffix == ".md":
+            other = page if not path else known.get(file) or read_page(file, file.parent)
+            return None if mark in other.anchors else f"no heading #{mark}"
+    return None
 
 
 def named_files(prose: str, root: Path) -> set[str]:
     "Files of the repository that the text names in backticks and that do not exist."
-    named = set(re.findall(r"`((?:bench|configs|nbs|tests|howto|\.ci|\.github)/[\w./-]+\.\w+)`", prose))
+    named = set(re.findall(r"`((?:bench|configs|nbs|tests|howto|\.ci|\.github)/[\w./-]+\.(?:py|ipynb|qmd|json|ya?ml|md|sbatch))`",
+                           prose))
     return {n for n in named if not (root / n).exists()}
 
 

@@ -1,6 +1,7 @@
 """Check the documentation without rendering it: `python .ci/docs_check.py`, one line for each thing to mend."""
 import json
 import re
+import runpy
 import sys
 from dataclasses import dataclass, field
 from functools import cached_property
@@ -61,7 +62,7 @@ class Site:
         found = sorted(p for kind in ("*.ipynb", "*.qmd") for p in self.nbs.rglob(kind))
         self.pages = {p.name: p for f in found if not NO_PAGES & set(f.parts) for p in [read_page(f, self.nbs)]}
 
-    def listed(self) -> list[str]:
+    def listed(self) -> tuple[list[str], list[str]]:
         "The pages of the sidebar in their order, then those of navbar and footer."
         site = self.config["website"]
         return hrefs(site["sidebar"]), hrefs([site.get("navbar", {}), site.get("page-footer", {})])
@@ -150,8 +151,8 @@ def dead_end(target: str, folder: Path, page: Page, site: Site) -> str | None:
 
 def named_files(prose: str, root: Path) -> set[str]:
     "Files of the repository that the text names in backticks and that do not exist."
-    named = set(re.findall(r"`((?:bench|configs|nbs|tests|howto|\.ci|\.github)/[\w./-]+\.(?:py|ipynb|qmd|json|ya?ml|md|sbatch))`",
-                           prose))
+    folders, kinds = r"bench|configs|nbs|tests|howto|\.ci|\.github", "py|ipynb|qmd|json|ya?ml|md|sbatch"
+    named = re.findall(rf"`((?:{folders})/[\w./-]+\.(?:{kinds}))`", prose)
     return {n for n in named if not (root / n).exists()}
 
 
@@ -208,14 +209,10 @@ def check_tutorials(site: Site) -> list[str]:
 
 def check_benchmarks(site: Site) -> list[str]:
     "The page of the benchmarks is what bench/page.py makes of bench/results."
-    sys.path.insert(0, str(site.root / "bench"))
-    try:
-        import page as bench_page
-    finally:
-        sys.path.pop(0)
+    script = runpy.run_path(str(site.root / "bench" / "page.py"))
     file = site.nbs / "benchmarks" / "index.qmd"
     text = file.read_text(encoding="utf-8") if file.exists() else ""
-    if text != bench_page.render(site.root / "bench" / "results"):
+    if text != script["render"](site.root / "bench" / "results"):
         return ["nbs/benchmarks/index.qmd: not in step with bench/results; run python bench/page.py"]
     return []
 

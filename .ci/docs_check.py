@@ -110,6 +110,9 @@ def check_titles(site: Site) -> list[str]:
 LINK = re.compile(r"(!?)\[((?:[^\[\]]|\[[^\]]*\])*)\]\(([^()\s]+(?:\([^()]*\))?)(?:\s+\"[^\"]*\")?\)")
 
 
+IMAGE = re.compile(r"!\[([^\[\]]*)\]\(([^()\s]+)")
+
+
 def check_links(site: Site) -> list[str]:
     "Links inside the site and the repository, anchors and references end somewhere."
     bad = []
@@ -118,7 +121,8 @@ def check_links(site: Site) -> list[str]:
               for f in sorted([*site.root.glob("*.md"), *site.root.glob("howto/**/*.md")])]
     for name, folder, page in texts:
         prose = re.sub(r"\$\$.*?\$\$|`[^`]*`", "", page.prose, flags=re.S)
-        for _, _, target in LINK.findall(prose):
+        targets = {target for _, _, target in LINK.findall(prose)} | {target for _, target in IMAGE.findall(prose)}
+        for target in sorted(targets):
             bad += [f"{name}: {target}: {why}" for why in [dead_end(target, folder, page, site)] if why]
         labels = set(re.findall(r"\{#([\w-]+)", page.prose))
         labels |= {m for c in page.cells for m in re.findall(r"^#\| *label: *(\S+)", c["source"], re.M)}
@@ -182,8 +186,8 @@ def check_images(site: Site) -> list[str]:
     "Each image says in words what it shows."
     bad = []
     for name, page in site.pages.items():
-        bad += [f"nbs/{name}: {target}: image without alt text" for mark, alt, target in LINK.findall(page.prose)
-                if mark and not alt.strip()]
+        bad += [f"nbs/{name}: {target}: image without alt text" for alt, target in IMAGE.findall(page.prose)
+                if not alt.strip()]
         bad += [f"nbs/{name}: <img> without alt text" for tag in re.findall(r"<img\b[^>]*>", page.prose)
                 if not re.search(r"\balt=\"[^\"]+\"", tag)]
         for cell in page.cells:

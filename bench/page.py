@@ -19,7 +19,7 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent
 PAGE = BENCH.parent / "nbs" / "benchmarks" / "index.qmd"
 CODE = "https://github.com/deadlayer-cres/deadlayer_cres/blob/main/bench"
-MOST_ROWS = 40  # of a table of everything
+MOST_COLUMNS = 8  # of a table that nobody has designed
 
 
 @dataclass
@@ -28,7 +28,7 @@ class Table:
 
     title: str
     rows: str | list[str | tuple]  # patterns such as cca-8k/rows/*, or keys one by one
-    columns: dict[str, str]  # heading -> path below a row; the first is drawn
+    columns: dict[str, str | tuple]  # heading -> path or keys below a row; the first is drawn
     names: dict[str, str] | None = None  # of a row's path -> what to call it; else what the * stood for
 
 
@@ -177,7 +177,7 @@ def make_table(table: Table, data: dict) -> list[tuple[str, list]]:
                 words = pattern.split("/") if isinstance(pattern, str) else keys
                 stars = [k for k, word in zip(keys, words, strict=True) if "*" in word]
                 name = (table.names or {}).get("/".join(keys)) or (node.get("what") if isinstance(node, dict) else None)
-                rows.append((name or ", ".join(stars) or keys[-1], cells))
+                rows.append((name or ", ".join(stars) or (keys[-1] if keys else "all"), cells))
     return rows
 
 
@@ -186,10 +186,17 @@ def of_everything(data: dict) -> list[Table]:
     merits = sorted({keys[:-2] for keys, _ in walk(data) if keys[-1:] == ("merit",)})
     if merits:
         return [Table(", ".join(m), "/".join((*m, "*")), MERIT) for m in merits]
-    known = [keys for keys, node in walk(data) if number(node) is not None and ("error" in node or "min" in node)]
-    title = "Quantities with an error" + (f", the first {MOST_ROWS} of {len(known)}" if len(known) > MOST_ROWS else "")
-    names = {"/".join(k): ", ".join(k).replace("_", " ") for k in known}
-    return [Table(title, known[:MOST_ROWS], {"value": ""}, names)] if known else []
+    groups = {}  # of what: row -> columns
+    for keys, node in walk(data):
+        if keys and number(node) is not None and ("error" in node or "min" in node):
+            groups.setdefault(keys[:-2], {}).setdefault(keys[:-1], []).append(keys[-1])
+    tables = []
+    for group, rows in groups.items():
+        columns = list(dict.fromkeys(c for found in rows.values() for c in found))[:MOST_COLUMNS]
+        names = {"/".join(k): k[-1].replace("_", " ") for k in rows if k}
+        heads = {c.replace("_", " "): (c,) for c in columns}
+        tables.append(Table(", ".join(group) or "Measured", list(rows), heads, names))
+    return tables
 
 
 def markdown(table: Table, rows: list[tuple[str, list]]) -> str:

@@ -74,6 +74,11 @@ TABLES = {
                              "DLF": "parameters/dlf", "deviance": "deviance", "bins less parameters": "ndf"}),
                       Table("FCCD from the peak ratio at DLF = 1, by model of the peak", "peak_ratio/step/by_model/*",
                             {"FCCD [mm]": "fccd_in_mm", "ratio": "ratio"})],
+    "deadlayer_simulate": [
+        Table("Counts over those of the published simulation, FCCD 1 mm, DLF 1", "published/1.00 mm, DLF 1.00/*",
+              {"ratio": ""}),
+        Table("Speed", ["speed"], {"decays per s of a core": "decays_per_cpu_second",
+                                   "s of a core per million decays": "cpu_seconds_per_million"})],
     "deadlayer_speed": [Table("Pairs prepared", "pairs/*", {"pairs per s": "pairs_per_second", "peak MB": "peak_MB"}),
                         Table("Pairs trained on", "training/*",
                               {"pairs per s": "pairs_per_second", "parameters": "parameters"})],
@@ -83,19 +88,26 @@ TABLES = {
 # --- reading ---
 
 
+def children(node) -> list[tuple[str, object]]:
+    "What a node holds by key; the items of a list by their feature or number."
+    if isinstance(node, list) and all(isinstance(item, dict) for item in node):
+        return [(str(item.get("feature", k)), item) for k, item in enumerate(node)]
+    return list(node.items()) if isinstance(node, dict) else []
+
+
 def walk(node, keys: tuple = ()) -> Iterator[tuple[tuple, dict]]:
     "All dictionaries in `node`, itself too, with the keys that lead to them."
     if isinstance(node, dict):
         yield keys, node
-        for key, value in node.items():
-            yield from walk(value, (*keys, key))
+    for key, value in children(node):
+        yield from walk(value, (*keys, key))
 
 
 def find(node, pattern: str | tuple) -> list[tuple[tuple, object]]:
     "What a pattern leads to, with its keys; * stands for one key, or a part of it."
     found = [((), node)]
     for part in filter(None, pattern.split("/") if isinstance(pattern, str) else pattern):
-        found = [((*keys, k), v) for keys, n in found if isinstance(n, dict) for k, v in n.items()
+        found = [((*keys, k), v) for keys, n in found for k, v in children(n)
                  if (fnmatchcase(k, part) if isinstance(pattern, str) else k == part)]
     return found
 
@@ -105,8 +117,8 @@ def number(node) -> tuple[float, float, float] | None:
     if isinstance(node, dict):
         if "value" in node:
             value, error = node["value"], node.get("error") or node.get("sigma") or 0.0
-        elif "accuracy" in node:
-            value, error = node["accuracy"], node.get("error", 0.0)
+        elif name := next((k for k in ("accuracy", "ratio") if k in node and "error" in node), None):
+            value, error = node[name], node["error"]
         elif "median" in node:
             return node["median"], node.get("min", node["median"]), node.get("max", node["median"])
         else:

@@ -6,10 +6,10 @@ OUT ?= demo
 STEPS ?=
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab notebooks sync docs bench hooks clean
+.PHONY: help demo test lab notebooks sync docs docs-check bench hooks clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt .ci/install
 	@.ci/install
@@ -36,15 +36,19 @@ notebooks: $(READY) ## execute the notebooks, store their outputs, clean and exp
 sync: $(READY) ## clean the notebooks, export the modules, write README.md
 	@.ci/sync
 
-docs: $(READY) ## the documentation site, in _docs
-	@if command -v quarto > /dev/null; then \
-		PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs && .ci/sync && echo "open _docs/index.html"; \
-	else \
-		echo "make docs needs the program quarto (quarto.org, version 1.4 or newer): install it and run make docs again"; \
-	fi
+docs: $(READY) ## the documentation site, in _docs; needs Quarto
+	@command -v quarto > /dev/null || { \
+		echo "make docs needs the program quarto: install version 1.4 or newer from quarto.org, then run make docs again;"; \
+		echo "make docs-check checks the pages without it"; exit 1; } >&2
+	@$(BIN)/python .ci/docs_check.py
+	@PATH="$(CURDIR)/$(BIN):$$PATH" nbdev_docs && .ci/sync && echo "open _docs/index.html"
 
-bench: $(READY) ## every bench/bench_*.py in turn; their numbers go to bench/results
+docs-check: $(READY) ## sidebar, links, references, titles, alt texts, outputs and the page of the benchmarks; without Quarto
+	@$(BIN)/python .ci/docs_check.py
+
+bench: $(READY) ## every bench/bench_*.py in turn; their numbers go to bench/results, and from there to their page
 	@for script in $(sort $(wildcard bench/bench_*.py)); do echo "$$script"; $(BIN)/python "$$script" || exit 1; done
+	@$(BIN)/python bench/page.py
 
 hooks: $(READY) ## git hooks of this clone: clean notebooks before a commit, merge them cell by cell
 	@git config --local core.hooksPath .githooks

@@ -1,6 +1,7 @@
 """Where and with what the numbers of a benchmark were taken."""
 import os
 import re
+from datetime import datetime, timezone
 from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 
@@ -13,7 +14,7 @@ def _version(package: str) -> str | None:
 
 
 def about(*packages: str, **settings) -> dict:
-    "Versions, also of `packages`, processor, cores, load and settings, with the command but no paths of this machine."
+    "Day, versions, also of `packages`, processor, load and settings, with the command but no paths of this machine."
     from deadlayer_cres.core import environment
 
     where = environment()
@@ -23,5 +24,5 @@ def about(*packages: str, **settings) -> dict:
         model = re.search(r"model name\s*:\s*(.+)", Path("/proc/cpuinfo").read_text())
     except OSError:
         model = None
-    return where | {"cpu": model[1].strip() if model else None, "cores": len(os.sched_getaffinity(0)),
-                    "load_average": os.getloadavg(), **settings}
+    return {"date": f"{datetime.now(timezone.utc):%Y-%m-%d}", **where, "cpu": model[1].strip() if model else None,
+            "cores": len(os.sched_getaffinity(0)), "load_average": os.getloadavg(), **settings}

@@ -301,7 +301,7 @@ def explanation_figure(
             ax.stairs(share + error, edges, baseline=share - error, fill=True, alpha=0.35, color=COLOURS[k])
             ax.stairs(share, edges, color=COLOURS[k])
             ax.axhline(0, color="#888888", linewidth=0.5)
-            ax.text(0.99, 0.9, name, transform=ax.transAxes, ha="right", va="top", fontsize=8)
+            ax.text(0.77, 0.9, name, transform=ax.transAxes, ha="right", va="top", fontsize=8)
             for line in BA133_MARKS:
                 ax.axvline(line, color="#888888", linewidth=0.5, linestyle=":", zorder=0)
         axes[-1].set_xlabel("energy [keV]")

@@ -191,7 +191,7 @@ class Explanation:
         group = window_of_bin(self.edges_keV, self.windows)
         return self.values[method] @ np.eye(len(self.windows))[group]
 
-    def shares(self, method: str, per_bin: bool = False) -> tuple[np.ndarray, np.ndarray]:  # (windows,) each, or (bins,)
+    def shares(self, method: str, per_bin: bool = False) -> tuple[np.ndarray, np.ndarray]:  # (windows,) or (bins,) each
         "Mean share of each window (or bin) in the decision, positive towards it, and its standard error."
         value = self.values[method] if per_bin else self.per_window(method)
         size = np.ones(len(value))

@@ -191,7 +191,7 @@ class Explanation:
         group = window_of_bin(self.edges_keV, self.windows)
         return self.values[method] @ np.eye(len(self.windows))[group]
 
-    def shares(self, method: str, per_bin: bool = False) -> tuple[np.ndarray, np.ndarray]:  # (windows,) or (bins,) each
+    def shares(self, method: str, per_bin: bool = False) -> tuple[np.ndarray, np.ndarray]:  # (windows,) each
         "Mean share of each window (or bin) in the decision, positive towards it, and its standard error."
         value = self.values[method] if per_bin else self.per_window(method)
         size = np.ones(len(value))
@@ -464,7 +464,7 @@ def transition_variations(
     edges_keV: np.ndarray,  # (bins + 1,) equally spaced
     beta_in_mm: Sequence[float] = (0.1, 0.2, 0.35),  # lengths of the exponential tail
 ) -> list[Variation]:
-    "The exponential-linear transition layer instead of the linear one; lengths that do not fit under the line are left out."
+    "The exponential-linear transition layer for the linear one; lengths that do not fit under it are left out."
     alpha, made = fccd_in_mm * (1 - dlf), []
     plain = [spectrum(h, fccd_in_mm, dlf, edges_keV=edges_keV) for h in hits]
     for beta in beta_in_mm:

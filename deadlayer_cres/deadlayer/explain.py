@@ -744,8 +744,8 @@ def answer_sections(answers: Answers, figures: Mapping, facts: Mapping) -> list[
         Section("A planted cause", ["A change of one window must be found in this window."],
                 tables=[Table(*planted_rows(answers.planted), "Planted causes found")]),
         Section("The ends of the spectrum", [
-            f"Attention to pairs moved by half the spectrum correlates by {answers.position['follows']['position']:.2f} "
-            f"with the old positions and by {answers.position['follows']['content']:.2f} with the content."],
+            "Attention to pairs moved by half the spectrum correlates by "
+            f"{answers.position['follows']['position']:.2f} with the old positions and by {answers.position['follows']['content']:.2f} with the content."],
             tables=[Table(*ends_rows(f, answers.position), "Share of the ends")], figures=[figures["position"]]),
         Section("The Monte-Carlo or the transfer function?", [
             "Bias if the detector has a fault that the Monte-Carlo has not; the transition layer by the ratio of two "

@@ -745,7 +745,8 @@ def answer_sections(answers: Answers, figures: Mapping, facts: Mapping) -> list[
                 tables=[Table(*planted_rows(answers.planted), "Planted causes found")]),
         Section("The ends of the spectrum", [
             "Attention to pairs moved by half the spectrum correlates by "
-            f"{answers.position['follows']['position']:.2f} with the old positions and by {answers.position['follows']['content']:.2f} with the content."],
+            f"{answers.position['follows']['position']:.2f} with the old positions and by "
+            f"{answers.position['follows']['content']:.2f} with the content."],
             tables=[Table(*ends_rows(f, answers.position), "Share of the ends")], figures=[figures["position"]]),
         Section("The Monte-Carlo or the transfer function?", [
             "Bias if the detector has a fault that the Monte-Carlo has not; the transition layer by the ratio of two "

@@ -191,7 +191,7 @@ class Explanation:
         group = window_of_bin(self.edges_keV, self.windows)
         return self.values[method] @ np.eye(len(self.windows))[group]
 
-    def shares(self, method: str, per_bin: bool = False) -> tuple[np.ndarray, np.ndarray]:  # (windows,) each, or (bins,)
+    def shares(self, method: str, per_bin: bool = False) -> tuple[np.ndarray, np.ndarray]:  # (windows,) each
         "Mean share of each window (or bin) in the decision, positive towards it, and its standard error."
         value = self.values[method] if per_bin else self.per_window(method)
         size = np.ones(len(value))
@@ -301,7 +301,7 @@ def explanation_figure(
             ax.stairs(share + error, edges, baseline=share - error, fill=True, alpha=0.35, color=COLOURS[k])
             ax.stairs(share, edges, color=COLOURS[k])
             ax.axhline(0, color="#888888", linewidth=0.5)
-            ax.text(0.99, 0.9, name, transform=ax.transAxes, ha="right", va="top", fontsize=8)
+            ax.text(0.77, 0.9, name, transform=ax.transAxes, ha="right", va="top", fontsize=8)
             for line in BA133_MARKS:
                 ax.axvline(line, color="#888888", linewidth=0.5, linestyle=":", zorder=0)
         axes[-1].set_xlabel("energy [keV]")
@@ -464,7 +464,7 @@ def transition_variations(
     edges_keV: np.ndarray,  # (bins + 1,) equally spaced
     beta_in_mm: Sequence[float] = (0.1, 0.2, 0.35),  # lengths of the exponential tail
 ) -> list[Variation]:
-    "The exponential-linear transition layer instead of the linear one; lengths that do not fit under the line are left out."
+    "The exponential-linear transition layer for the linear one; lengths that do not fit under it are left out."
     alpha, made = fccd_in_mm * (1 - dlf), []
     plain = [spectrum(h, fccd_in_mm, dlf, edges_keV=edges_keV) for h in hits]
     for beta in beta_in_mm:
@@ -744,8 +744,9 @@ def answer_sections(answers: Answers, figures: Mapping, facts: Mapping) -> list[
         Section("A planted cause", ["A change of one window must be found in this window."],
                 tables=[Table(*planted_rows(answers.planted), "Planted causes found")]),
         Section("The ends of the spectrum", [
-            f"Attention to pairs moved by half the spectrum correlates by {answers.position['follows']['position']:.2f} "
-            f"with the old positions and by {answers.position['follows']['content']:.2f} with the content."],
+            "Attention to pairs moved by half the spectrum correlates by "
+            f"{answers.position['follows']['position']:.2f} with the old positions and by "
+            f"{answers.position['follows']['content']:.2f} with the content."],
             tables=[Table(*ends_rows(f, answers.position), "Share of the ends")], figures=[figures["position"]]),
         Section("The Monte-Carlo or the transfer function?", [
             "Bias if the detector has a fault that the Monte-Carlo has not; the transition layer by the ratio of two "

@@ -16,7 +16,7 @@ import yaml
 from deadlayer_cres import cli
 from deadlayer_cres.deadlayer.data import Spectra, write_folder, write_store
 
-VERBS = ("simulate", "prepare", "train", "evaluate", "fit", "infer", "compare", "demo")
+VERBS = ("simulate", "prepare", "train", "evaluate", "fit", "infer", "explain", "compare", "demo")
 NAME = "V05268A_FCCD1.0mm_DLF0.5_fracFCCDbore0.5.h5"
 TINY = {
     "pairs": {"batch_size": 16, "batches_per_epoch": 2, "valid_batches": 1, "min_dfccd_in_mm": 0.05},

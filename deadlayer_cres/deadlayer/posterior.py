@@ -562,7 +562,7 @@ def iterate(
                       "verdict": verdict})
         if len(answer) == 4:
             dlf = float(calibration.dlf(answer[None, 1:], 0.5, np.array([[f, middle]]))[0])
-        if balanced and k:
+        if balanced and (k or len(answer) < 4):  # a network of DLF has named it once
             break
         f, move = _next(ends, f, score, move, low, high)
         if f == last:

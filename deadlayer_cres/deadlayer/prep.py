@@ -156,9 +156,9 @@ class Nuisance:
 class PairSource:
     """Pairs of one spectrum of `first` and one of `second`, drawn as whole batches on `device`.
 
-    `noise="poisson"` draws Poisson counts around both at the exposure of the measurement, `"first"` around the first alone;
-    `"none"` gives the spectra as they are (the published ones come from one sample of raw events and share most of their
-    fluctuations). Raises `DataError` for unlabelled spectra or unequal bins."""
+    `noise="poisson"` draws Poisson counts around both at the exposure of the measurement, `"first"` around the first
+    alone; `"none"` gives the spectra as they are (the published ones come from one sample of raw events and share
+    most of their fluctuations). Raises `DataError` for unlabelled spectra or unequal bins."""
 
     def __init__(
         self,
@@ -381,9 +381,9 @@ class PairInputs(FittedStep):
         found = {"edges_keV": source.edges_keV, "area": torch.cat([source.mean1, source.mean2]).sum(1).mean()}
         area = found["area"] if self.config.unit_area else None
         means = [scale_to(m, area) for m in (source.mean1, source.mean2)]
-        found |= principal_components(torch.cat(means), self.config.components, _taken_out(source, self.config, area, seed))
-        if self.config.scalers == "one":
-            means = [torch.cat(means)] * 2
+        without = _taken_out(source, self.config, area, seed)
+        found |= principal_components(torch.cat(means), self.config.components, without)
+        means = [torch.cat(means)] * 2 if self.config.scalers == "one" else means
         for which, m in zip("12", means, strict=True):
             found |= {f"mean{which}": m.mean(0), f"std{which}": _spread(m)}
         pairs = source.draw(n, generator=torch_rng(seed, "scaling", device=source.device), **draw_options)

@@ -569,9 +569,13 @@ def iterate(
         steps.append({"step": k, "fccd_in_mm": f, "dlf": dlf, "logit": z, "probability": float(ndtr(score)),
                       "verdict": verdict})
         if len(answer) == 4:
-            dlf = float(calibration.dlf(answer[None, 1:], 0.5, np.array([[f, middle]]))[0])
+            old, dlf = dlf, float(calibration.dlf(answer[None, 1:], 0.5, np.array([[f, middle]]))[0])
+            if abs(dlf - old) > 0.05:  # what was learnt with another DLF does not hold
+                ends.clear()
         if balanced and (k or len(answer) < 4):  # a network of DLF has named it once
             break
+        if len(answer) == 4 and not ends and abs(dlf - steps[-1]["dlf"]) > 0.05:
+            continue  # ask again at the same FCCD
         f, move = _next(ends, f, score, move, low, high)
         if f == last:
             break

@@ -69,6 +69,7 @@ class Scans:
         "The logit at one FCCD per spectrum."
         return np.array([np.interp(f, x, z) for f, x, z in zip(fccd_in_mm, self.fccd_in_mm, self.logit, strict=True)])
 
+# %% ../../nbs/deadlayer/41_posterior.ipynb #bc1f21d8
 SURE = 5.0
 "Logit at the ends of a fine scan beyond which it need not be wider."
 
@@ -168,6 +169,7 @@ def _knots(sample: np.ndarray) -> np.ndarray:
     q = np.quantile(sample, ndtr(SCORES))
     return np.maximum.accumulate(q) + 1e-9 * np.arange(len(q)) * (1 + np.ptp(q))
 
+# %% ../../nbs/deadlayer/41_posterior.ipynb #2b1e9d0d
 def _terms(where: np.ndarray) -> np.ndarray:  # (n, 6)
     "Quadratic polynomial in FCCD and DLF."
     f, d = np.asarray(where, float).T[:2] - np.array([[1.0], [0.5]])
@@ -212,6 +214,7 @@ def fit_pivot(
     spread[0] += 0.635  # -E[ln |N(0, 1)|]
     return Pivot(location, spread, _knots(off / np.exp(t @ spread)))
 
+# %% ../../nbs/deadlayer/41_posterior.ipynb #146a6747
 @dataclass(frozen=True, eq=False)
 class Calibration:
     "What the answers of a network mean, learnt from validation spectra."
@@ -244,6 +247,7 @@ def dlf_offset(
     off = logit(np.clip(dlf, 1e-6, 1 - 1e-6)) - middle
     return off / np.maximum(np.where(off > 0, high - middle, middle - low), 1e-6)
 
+# %% ../../nbs/deadlayer/41_posterior.ipynb #fb6bd16b
 def calibrate(
     pipeline: Callable,  # trained `Pipeline`, evaluation mode
     held_out: Spectra,  # of the validation part, all DLF
@@ -317,6 +321,7 @@ class Posteriors:
                 name: [float(self.dlf(level)[k]) for level in pair] for name, pair in LEVELS.items()}
         return new
 
+# %% ../../nbs/deadlayer/41_posterior.ipynb #13cf72dc
 def infer_posterior(
     pipeline: Callable,  # trained `Pipeline`, evaluation mode
     counts: np.ndarray | torch.Tensor,  # (n, bins) at the exposure of the measurement
@@ -340,8 +345,9 @@ def sbc(
         excess = np.bincount(group, hit - share)
         rows[name] = {"nominal": high - low, "coverage": float(share),
                       "error": float(np.sqrt((excess**2).sum()) / len(hit))}
+    histogram = np.histogram(ranks, 20, (0, 1))[0].tolist()
     return {"intervals": rows, "uniform_p_value": float(kstest(ranks[first], "uniform").pvalue),
-            "histogram": np.histogram(ranks, 20, (0, 1))[0].tolist(), "experiments": len(ranks), "spectra": len(spectra)}
+            "histogram": histogram, "experiments": len(ranks), "spectra": len(spectra)}
 
 def sbc_figure(
     results: Mapping[str, dict],  # name -> from `sbc`
@@ -440,6 +446,7 @@ def window_fits(
         found.append(rows)
     return found
 
+# %% ../../nbs/deadlayer/41_posterior.ipynb #e38d799c
 @dataclass(frozen=True)
 class Guard:
     "Says whether a simulation describes a measured spectrum."
@@ -485,15 +492,16 @@ def fit_guard(
     least = chi2_law.sf(chi2 / inflation, bins).min(1)
     return Guard(emulator, inflation, float(np.quantile(least, false_alarm)), false_alarm, n)
 
+# %% ../../nbs/deadlayer/41_posterior.ipynb #4b71516b
 def guard_warnings(verdict: dict) -> list[str]:
     "What a reader must know of a verdict of `Guard.check`."
     if verdict["described"]:
         return []
     worst = max(verdict["windows"], key=lambda w: w["chi2"] / w["bins"])
-    return [f"No simulated spectrum describes this measurement, whatever FCCD, DLF, energy scale, resolution, scale and background: "
-            f"{len(verdict['disagree'])} of {len(verdict['windows'])} windows disagree ({', '.join(verdict['disagree'])}); worst "
-            f"{worst['low_keV']:g}-{worst['high_keV']:g} keV with chi2 per bin {worst['chi2'] / worst['bins']:.1f}. "
-            "The posterior holds for spectra of the simulation only."]
+    return ["No simulated spectrum describes this measurement, whatever FCCD, DLF, energy scale, resolution, scale and "
+            f"background: {len(verdict['disagree'])} of {len(verdict['windows'])} windows disagree "
+            f"({', '.join(verdict['disagree'])}); worst {worst['low_keV']:g}-{worst['high_keV']:g} keV with chi2 per "
+            f"bin {worst['chi2'] / worst['bins']:.1f}. The posterior holds for spectra of the simulation only."]
 
 def guard_figure(
     verdict: dict,  # of `Guard.check`
@@ -561,14 +569,19 @@ def iterate(
         steps.append({"step": k, "fccd_in_mm": f, "dlf": dlf, "logit": z, "probability": float(ndtr(score)),
                       "verdict": verdict})
         if len(answer) == 4:
-            dlf = float(calibration.dlf(answer[None, 1:], 0.5, np.array([[f, middle]]))[0])
-        if balanced and k:
+            old, dlf = dlf, float(calibration.dlf(answer[None, 1:], 0.5, np.array([[f, middle]]))[0])
+            if abs(dlf - old) > 0.05:  # what was learnt with another DLF does not hold
+                ends.clear()
+        if balanced and (k or len(answer) < 4):  # a network of DLF has named it once
             break
+        if len(answer) == 4 and not ends and abs(dlf - steps[-1]["dlf"]) > 0.05:
+            continue  # ask again at the same FCCD
         f, move = _next(ends, f, score, move, low, high)
         if f == last:
             break
     return Loop(steps, steps[-1]["fccd_in_mm"], dlf, balanced)
 
+# %% ../../nbs/deadlayer/41_posterior.ipynb #3d23b177
 def _next(ends: dict, f: float, score: float, move: float, low: float, high: float) -> tuple[float, float]:
     "The next reference, and the step after it; `ends` is brought up to date."
     sign = 1 if score > 0 else -1
@@ -662,6 +675,7 @@ class NetworkAnswer:
                                   "Best description with nuisance parameters; windows that disagree are shaded.")]),
                 Section("Loop", tables=[steps], figures=[(loop_figure(self.loop), "From the start to balance.")]))
 
+# %% ../../nbs/deadlayer/41_posterior.ipynb #ba0c1993
 def start_from_peaks(
     measured: Spectra,
     simulated: Spectra,
@@ -676,6 +690,7 @@ def start_from_peaks(
         middle = float(np.median(simulated.fccd_in_mm))
         return middle, f"{middle:.3f} mm, the middle of the range, because the peaks could not be fitted"
 
+# %% ../../nbs/deadlayer/41_posterior.ipynb #064bc359
 def answer(
     pipeline: Callable,  # trained `Pipeline`, evaluation mode
     measured: Spectra,  # one spectrum

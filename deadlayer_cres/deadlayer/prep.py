@@ -79,7 +79,7 @@ def propose_log_uniform(
 # %% ../../nbs/deadlayer/13_prep.ipynb #48c41dd4
 @dataclass
 class NuisanceConfig:
-    "Widths of the uniform laws of the nuisance parameters of the first spectrum; they are symmetric about the nominal value."
+    "Half-widths of the uniform laws of the nuisance parameters of the first spectrum, about their nominal values."
     draw: bool = False  # whether nuisance parameters are drawn at all
     shift_keV: float = 0.15
     gain: float = 1e-3  # relative, about 200 keV
@@ -156,11 +156,9 @@ class Nuisance:
 class PairSource:
     """Pairs of one spectrum of `first` and one of `second`, drawn as whole batches on `device`.
 
-    `noise="poisson"` draws independent Poisson counts around each spectrum brought to the exposure of the measurement;
-    `noise="none"` gives the spectra as they are (all published ones come from one sample of raw events, so that
-    neighbouring spectra share most of their fluctuations); `noise="first"` draws for the first alone. With `nuisance`
-    the first spectrum is distorted before. Raises `DataError` for unlabelled spectra or unequal bins.
-    """
+    `noise="poisson"` draws Poisson counts around both at the exposure of the measurement, `"first"` around the first
+    alone; `"none"` gives the spectra as they are (the published ones come from one sample of raw events and share
+    most of their fluctuations). Raises `DataError` for unlabelled spectra or unequal bins."""
 
     def __init__(
         self,
@@ -171,8 +169,7 @@ class PairSource:
         nuisance: NuisanceConfig | None = None,  # distort the first spectrum
     ):
         self.noise, self.device = noise, torch.device(device or default_device())
-        distort = nuisance is not None and nuisance.draw
-        self.nuisance = Nuisance(first.edges_keV, nuisance, self.device) if distort else None
+        self.nuisance = Nuisance(first.edges_keV, nuisance, self.device) if nuisance and nuisance.draw else None
         self.rows1, self.mean1, self.labels1 = _sorted_by_fccd(first, self.device)
         self.rows2, self.mean2, self.labels2 = (
             (self.rows1, self.mean1, self.labels1) if second is None else _sorted_by_fccd(second, self.device))
@@ -384,9 +381,9 @@ class PairInputs(FittedStep):
         found = {"edges_keV": source.edges_keV, "area": torch.cat([source.mean1, source.mean2]).sum(1).mean()}
         area = found["area"] if self.config.unit_area else None
         means = [scale_to(m, area) for m in (source.mean1, source.mean2)]
-        found |= principal_components(torch.cat(means), self.config.components, self._taken_out(source, area, seed))
-        if self.config.scalers == "one":
-            means = [torch.cat(means)] * 2
+        without = _taken_out(source, self.config, area, seed)
+        found |= principal_components(torch.cat(means), self.config.components, without)
+        means = [torch.cat(means)] * 2 if self.config.scalers == "one" else means
         for which, m in zip("12", means, strict=True):
             found |= {f"mean{which}": m.mean(0), f"std{which}": _spread(m)}
         pairs = source.draw(n, generator=torch_rng(seed, "scaling", device=source.device), **draw_options)
@@ -394,20 +391,20 @@ class PairInputs(FittedStep):
         pull = torch.tensor([[c == "pull"] for c in self.channels], device=x.device)  # has its own unit
         return self.set_statistics(**found, mean=x.mean(0).masked_fill(pull, 0), std=_spread(x).masked_fill(pull, 1))
 
-    def _taken_out(self, source: PairSource, area: torch.Tensor | None, seed: int) -> torch.Tensor | None:
-        "The directions of the nuisance parameters, or None."
-        if not self.config.nuisance_components:
-            return None
-        if source.nuisance is None:
-            raise ConfigError("pairs.nuisance.draw with inputs.nuisance_components", "false", row="pairs.nuisance.draw")
-        return nuisance_directions(source.mean1, source.nuisance, self.config.nuisance_components, area,
-                                   torch_rng(seed, "nuisance", device=source.device))
-
     def check_edges(self, edges_keV: np.ndarray) -> None:
         "Raise `DataError` unless spectra have the bins that the network was trained on."
         _same_edges(self.edges_keV.cpu().numpy(), edges_keV)
 
 # %% ../../nbs/deadlayer/13_prep.ipynb #0c086c88
+def _taken_out(source: PairSource, config: InputConfig, area: torch.Tensor | None, seed: int) -> torch.Tensor | None:
+    "The directions of the nuisance parameters that no component may hold, or None."
+    if not config.nuisance_components:
+        return None
+    if source.nuisance is None:
+        raise ConfigError("pairs.nuisance.draw with inputs.nuisance_components", "false", row="pairs.nuisance.draw")
+    return nuisance_directions(source.mean1, source.nuisance, config.nuisance_components, area,
+                               torch_rng(seed, "nuisance", device=source.device))
+
 def _same_edges(mine: np.ndarray, edges_keV: np.ndarray) -> None:
     if mine.shape != np.shape(edges_keV) or not np.allclose(mine, edges_keV, atol=1e-3):
         raise DataError(f"{len(mine) - 1} bins from {mine[0]:g} to {mine[-1]:g} keV",

@@ -7,8 +7,8 @@ __all__ = ['DEMO_MEASUREMENT', 'VERBS', 'Parser', 'fail', 'guarded', 'check_targ
            'simulate', 'random_labels', 'add_prepare', 'prepare', 'print_pairs', 'add_train', 'train',
            'config_from_args', 'describe', 'add_evaluate', 'evaluate', 'run_parts', 'add_infer', 'infer',
            'robust_answer', 'one_row', 'answer', 'calibrated', 'all_methods', 'temperature', 'add_fit', 'fit',
-           'write_fit', 'fit_rows', 'add_explain', 'explain', 'explain_parts', 'add_compare', 'compare', 'add_demo',
-           'demo_config', 'demo', 'demo_spectra', 'demo_rows', 'run_program', 'deadlayer']
+           'write_fit', 'fit_rows', 'add_explain', 'explain', 'explain_parts', 'add_compare', 'compare', 'run_verb',
+           'add_demo', 'demo_config', 'demo', 'demo_spectra', 'demo_rows', 'run_program', 'deadlayer']
 
 # %% ../nbs/90_cli.ipynb #52fa5860
 import os
@@ -420,10 +420,7 @@ def all_methods(whole, measured, parts: dict, robust, out: Path, facts: dict) ->
     published = an.PUBLISHED if "V05268A" in Path(facts.get("spectrum", "")).name else ()
     found = an.combine(estimates, published, warnings)
     report = an.write_answer(found, out, details=details, facts=facts)
-    print_pairs("All methods: FCCD [mm], DLF", {
-        row[0]: f"{row[1]:22s} {row[2]:22s} {row[5]}" for row in an.answer_rows(found)})
-    for text in (*warnings, *an.sentences(found)):
-        print(text)
+    an.print_answer(found)
     print(f"report of all methods: {report}")
 
 def temperature(config, pipeline, parts: dict, family: dict) -> dict:
@@ -602,6 +599,12 @@ def compare(args: Namespace) -> None:
     print(f"LaTeX and figure: {args.out}")
 
 # %% ../nbs/90_cli.ipynb #b840323a
+def run_verb(act: Callable, add: Callable, *argv: str) -> None:
+    "Do what a verb does with these options and the defaults of all others."
+    parser = Parser()
+    add(parser)
+    act(parser.parse_args(list(argv)))
+
 def add_demo(p: Parser) -> None:
     p.add_argument("--out", type=str, default="demo", help="folder to write; an earlier demo there is replaced")
     p.add_argument("--random", type=int, default=800, help="number of spectra with random DLF")
@@ -638,7 +641,7 @@ def demo(args: Namespace) -> None:
     print("2/4  Train a network to say whose dead layer is thicker")
     fit_network(config, run_path, overwrite=True)
     print("3/4  Evaluate it on spectra it has never seen")
-    evaluate(Namespace(run=os.fspath(run_path), data=None, pairs=5000, seed=args.seed))
+    run_verb(evaluate, add_evaluate, os.fspath(run_path), "--pairs", "5000", "--seed", str(args.seed))
     print("4/4  Infer the dead layer of a pseudo-measurement")
     rng = numpy_rng(args.seed, "truth")
     truth = {"fccd_in_mm": round(rng.uniform(0.6, 1.4), 3), "dlf": round(rng.uniform(0.2, 0.8), 3)}

@@ -17,7 +17,7 @@ from pathlib import Path
 
 from jsonargparse import ActionConfigFile, Namespace
 
-from .cli import Parser, check_target, config_from_args, describe, print_pairs, run_program
+from .cli import Parser, check_target, config_from_args, describe, print_pairs, run_program, run_verb
 from .core import ConfigError, DataError, about, config_from_dict
 
 # %% ../nbs/91_cli_cres.ipynb #f83c33d1
@@ -318,12 +318,10 @@ def demo(args: Namespace) -> None:
     print("2/4  Train a network to find the lines and say what they mean")
     fit_network(demo_config(args.batches, args.seed), run, overwrite=True)
     print("3/4  Evaluate it on events it has never seen")
-    evaluate(Namespace(run=os.fspath(run), data=None, test_set="cca-8k", events=args.events, noise="auto", out=None,
-                       efficiency=None, limit=None, calibrate="temperature", seed=args.seed))
+    run_verb(evaluate, add_evaluate, os.fspath(run), "--test_set", "cca-8k", "--events", str(args.events),
+             "--seed", str(args.seed))
     print("4/4  Infer the energies of a file")
-    infer(Namespace(run=os.fspath(run), files=[os.fspath(store)], out=os.fspath(table), overwrite=True, noise="auto",
-                    refine=False, simulation=None,
-                    batch_size=256, track=False, window=None, stride=None, loss="larmor", full=None))
+    run_verb(infer, add_infer, os.fspath(run), os.fspath(store), "--out", os.fspath(table), "--overwrite")
     found = read_columns(table)
     print_pairs("Truth beside result, the five surest events", demo_rows(found))
     write_json(out / "demo.json", {"seconds": time.perf_counter() - start, "events": len(found["energy_eV"])})

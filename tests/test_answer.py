@@ -83,7 +83,7 @@ def test_errors_of_windows_grow_with_the_misfit():
     good, bad = from_likelihood(FullFit(fits, {}, 1.0))
     assert good.fccd_interval_mm == pytest.approx((0.98, 1.02)) and good.described
     assert bad.fccd_interval_mm == pytest.approx((0.94, 1.06)) and not bad.described
-    assert bad.dlf_interval == pytest.approx((0.6, 1.0)) and "errors times 3.0" in bad.note  # cut at 1
+    assert bad.dlf_interval == pytest.approx((0.6, 1.0)) and "errors x 3.0" in bad.note  # cut at 1
 
 
 def test_methods_that_agree():

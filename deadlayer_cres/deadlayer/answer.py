@@ -5,16 +5,20 @@
 # %% auto #0
 __all__ = ['PUBLISHED', 'HEADER', 'HOW', 'Estimate', 'from_peaks', 'disjoint', 'from_likelihood', 'from_network', 'from_loop',
            'Consensus', 'consensus', 'family_consensus', 'Answer', 'combine', 'sentences', 'answer_rows',
-           'answer_latex', 'answer_figure', 'write_answer']
+           'print_answer', 'answer_latex', 'answer_figure', 'write_answer']
 
 # %% ../../nbs/deadlayer/43_answer.ipynb #d45d7dbc
 import os
+import sys
 from collections.abc import Mapping, Sequence
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 
 import numpy as np
 from matplotlib.figure import Figure
+from rich.console import Console
+from rich.markup import escape
+from rich.table import Table as RichTable
 from scipy.optimize import brentq
 from scipy.stats import chi2 as chi2_law
 
@@ -82,9 +86,9 @@ def from_likelihood(full: FullFit) -> list[Estimate]:
     for f in full.fits:
         note = "" if f.valid else "the fit did not converge"
         if f.inflation > 1:
-            note = "; ".join(filter(None, (note, f"errors times {f.inflation:.1f} for the misfit")))
+            note = "; ".join(filter(None, (note, f"errors x {f.inflation:.1f}")))
         rows.append(Estimate(
-            f"likelihood, {f.name}" + ("" if f.name == "whole" else " keV"), "likelihood", f.fccd_in_mm,
+            f"likelihood, {f.name}" + (" keV" if f.name[-1].isdigit() else ""), "likelihood", f.fccd_in_mm,
             enlarged(f.fccd_in_mm, f.fccd_interval_mm, f.inflation, 0.0, np.inf), f.dlf,
             enlarged(f.dlf, f.dlf_interval, f.inflation, 0.0, 1.0), f.described, any(f is c for c in counted), note))
     return rows
@@ -289,7 +293,20 @@ def answer_rows(answer: Answer) -> list[list[str]]:
                  f"methods {answer.verdict}"])
     return rows
 
+# %% ../../nbs/deadlayer/43_answer.ipynb #8c49e6dc
 HEADER = ("method", "FCCD [mm]", "DLF", "described", "counts", "note")
+
+def print_answer(answer: Answer) -> None:
+    "Print the table, the warnings and the sentences to the terminal."
+    table = RichTable(title="All methods, 68 % intervals")
+    for k, name in enumerate(HEADER):
+        table.add_column(name, justify="left" if k in (0, 5) else "right", no_wrap=k < 3)
+    for row in answer_rows(answer):
+        table.add_row(*map(escape, row))
+    console = Console(width=None if sys.stdout.isatty() else 140)
+    console.print(table)
+    for text in (*answer.warnings, *sentences(answer)):
+        console.print(text, highlight=False, markup=False)
 
 # %% ../../nbs/deadlayer/43_answer.ipynb #9a233512
 def answer_latex(answer: Answer) -> str:

@@ -150,7 +150,7 @@ def test_both_branches_beyond_the_fold_are_found():
 
 def test_finer_cells_change_little(simulator, ridge, exact, events):
     rows = torch.from_numpy(events.ts[[CLEAR, FOLD, 38]])
-    fine = Ridge(simulator, RidgeConfig.exact(step=0.8, cut=15.0, tail=1e-4, weak=0.0), ridge.table)(rows)
+    fine = Ridge(simulator, RidgeConfig.exact(step=0.8, fade=0.8, cut=15.0, tail=1e-4, weak=0.0), ridge.table)(rows)
     usual = exact(rows)
     assert ((usual.mean() - fine.mean()).abs() / fine.sigma() < 0.08).all()
     assert ((usual.sigma() / fine.sigma() - 1).abs() < 0.08).all()
@@ -235,8 +235,13 @@ def test_unknown_start():
     away = np.abs((probable @ torch.from_numpy(grid)).numpy() - start)
     assert seen.sum() >= 4 and np.median(away[seen]) < 1.5 * grid[1]
     assert ((mixed.mean() - known.mean()).abs() / known.sigma())[seen].median() < 0.3
-    one, only = unknown_start(ridge, ts[:1], start[:1], T)  # a single start is a known one
-    assert torch.allclose(one.mean(), ridge(ts[:1], start[:1], T).mean()) and bool((only == 1).all())
+    k, two = int(seen.argmax()), start[int(seen.argmax())] + np.array([-0.1, 0.1]) * 1e-6  # by their evidence
+    parts = [ridge(ts[k:k + 1], t, T) for t in two]
+    mixed, probable = unknown_start(ridge, ts[k:k + 1], two, T)
+    odds = (parts[0].log_evidence - parts[1].log_evidence).exp()
+    assert torch.allclose(probable[:, 0] / probable[:, 1], odds) and abs(float(odds.log())) > 0.02
+    assert torch.allclose(mixed.mean(), (probable * torch.stack([p.mean() for p in parts], 1)).sum(1))
+    assert torch.allclose(mixed.log_evidence, torch.stack([p.log_evidence for p in parts]).exp().mean(0).log())
 
 
 def _sum(weight, event):

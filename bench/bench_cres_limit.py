@@ -340,9 +340,9 @@ def late(n: int = 64, starts: int = 25) -> dict:
     F = fisher(s, *(whole[k] for k in ("energy_eV", "pitch_angle_deg", "radius_m")), start_time=True)
     prior = {"energy_eV": 58.0, "pitch_angle_deg": 0.5, "radius_m": 1.5e-3}
     base = F.bound(("start_time_s",), prior)["energy_eV"]
+    costs = {t: F.bound(prior=prior | {"start_time_s": t})["energy_eV"] / base for t in (1e-7, 1e-6, 5e-6)}
     result["bound_with_the_start_unknown_over_known"] = {
-        f"{1e6 * t:g} us": {f"{q:g}": rounded(float((F.bound(prior=prior | {"start_time_s": t})["energy_eV"] / base)
-                                                    .quantile(q))) for q in (0.5, 0.9, 1.0)} for t in (1e-7, 1e-6, 5e-6)}
+        f"{1e6 * t:g} us": {f"{q:g}": rounded(float(v.quantile(q))) for q in (0.5, 0.9, 1.0)} for t, v in costs.items()}
     return result
 
 
@@ -406,8 +406,8 @@ def main() -> None:
         if len(s) == 2:
             both = min(options.events, options.fast)
             true = test_set(name, both).columns["energy_eV"]
-            entry["fast"]["against_exact"] = agreement(*({k: v[:both] for k, v in s[x].items()} for x in ("fast", "limit")),
-                                                       true)
+            pair = ({k: v[:both] for k, v in s[label].items()} for label in ("fast", "limit"))
+            entry["fast"]["against_exact"] = agreement(*pair, true)
         if "noise" in options.parts:
             some = s.get("fast") or summaries(Ridge(Simulator(TEST_SETS[name])), test_set(name, options.fast).ts)
             entry["noise"], where["noise"] = noise(name, options.noise, some), about()
@@ -442,7 +442,8 @@ def agreement(fast: dict, exact: dict, truth: np.ndarray) -> dict:
     shift = (fast["energy_eV_mean"] - exact["energy_eV_mean"]) / exact["energy_eV_sigma"]
     widths, evidence = np.log(fast["energy_eV_sigma"] / exact["energy_eV_sigma"]), fast["log_evidence"]
     squares = [np.mean((v["energy_eV_mean"] - truth) ** 2) for v in (fast, exact)]
-    return {"events": len(shift), "rms_over_exact": rounded(math.sqrt(squares[0] / squares[1])), "shift_of_means_in_sigma": rms(shift),
+    return {"events": len(shift), "rms_over_exact": rounded(math.sqrt(squares[0] / squares[1])),
+            "shift_of_means_in_sigma": rms(shift),
             "log_ratio_of_widths": {k: rounded(np.quantile(widths, q)) for k, q in (
                 ("low", 0.16), ("median", 0.5), ("high", 0.84))},
             "shift_of_log_evidence": rms(evidence - exact["log_evidence"])}

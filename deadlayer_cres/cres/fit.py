@@ -723,9 +723,9 @@ Ridge.log_posterior = _log_posterior
 
 # %% ../../nbs/cres/27_fit.ipynb #a432b3a5
 def _sorted(event: Tensor, value: Tensor) -> Tensor:
-    "Indices that sort by event and, within an event, by value."
+    "Indices that sort by event and, within an event, by value; equal values stay in their order."
     low, high = value.min(), value.max()
-    return torch.argsort(event + (value - low).double() / (high - low).clamp(min=1e-300) * 0.999)
+    return torch.argsort(event + (value - low).double() / (high - low).clamp(min=1e-300) * 0.999, stable=True)
 
 # %% ../../nbs/cres/27_fit.ipynb #ddfa760f
 @dataclass

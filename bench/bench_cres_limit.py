@@ -289,7 +289,7 @@ def reweighted(density: "Likelihood", ridge: Ridge, ts: np.ndarray, draws: int, 
     chosen = c.pick(i)
     tiny = torch.full_like(chosen.x, 1e-3)  # points, Hz and rows: next to nothing
     points = Cells(chosen.event, chosen.x + (u[0] - 0.5) * chosen.width_x, chosen.w + (u[1] - 0.5) * chosen.width_w,
-                   (chosen.r - chosen.width_r / 2 + (u[2] * chosen.width_r).floor()), tiny, tiny, tiny)
+                   chosen.r + (u[2] - 0.5) * chosen.width_r, tiny, tiny, tiny)
     place = ridge.places(points)
     where = torch.stack([place.energy_eV, place.row[:, 2], points.r * ridge.table.radius_step_m], 1).numpy()
     parts = [density.log_likelihood(x) for x in np.array_split(where, 1 + draws // 64)]

@@ -300,8 +300,10 @@ class Places(NamedTuple):
 def _places(self: Ridge, c: Cells) -> Places:
     "Where cells lie."
     t, r, c = self.table, c.r.long(), Cells(c.event, *(v.double() for v in c[1:]))
-    a, b = torch.maximum(c.w - c.width_w / 2, t.low_Hz[r]), torch.minimum(c.w + c.width_w / 2, t.high_Hz[r])
-    row = t.at(r, (a + b) / 2)
+    part, beyond = c.r - r, (r + 1).clamp(max=len(t.low_Hz) - 1)
+    ends = (torch.lerp(v[r], v[beyond], part) for v in (t.low_Hz, t.high_Hz))
+    a, b = torch.maximum(c.w - c.width_w / 2, next(ends)), torch.minimum(c.w + c.width_w / 2, next(ends))
+    row = torch.lerp(t.at(r, (a + b) / 2), t.at(beyond, (a + b) / 2), part[:, None])
     low, high = ((cyclotron_frequency(e, row[:, 1]) - self.start_Hz) / self.step_Hz for e in self.energies[::-1])
     p, q = torch.maximum(c.x - c.width_x / 2, low), torch.minimum(c.x + c.width_x / 2, high)
     x = (p + q) / 2
@@ -425,11 +427,11 @@ def _prepare(self: Ridge) -> None:
     whole = math.log(self.eV_per_point * t.radius_step_m / (self.energies[1] - self.energies[0]))
     first = torch.stack([2 * t.values[..., 0] / self.step_Hz, field / self.field_T - 1, t.values[..., 2],
                          t.values[..., 3].clamp(min=1e-300).log() + whole], 2)
-    motion = [torch.gradient(first[..., 0], dim=k)[0].abs() for k in (1, 0)]  # of the side line, by W and by row
-    motion = torch.stack([(motion[0] * self.step_Hz / t.step_Hz).clamp(0.1, 1), motion[1]], 2)
+    motion = [torch.gradient(first[..., 0], dim=k)[0] for k in (1, 0)]  # of the side line, by W and by row
+    motion = torch.stack([(motion[0].abs() * self.step_Hz / t.step_Hz).clamp(0.1, 1), motion[1]], 2)
     self.rough_table = torch.cat([first, motion, t.values[..., 4:]], 2).to(self.real).flatten(0, 1)
     slope = [torch.gradient(v, dim=1)[0].abs() / t.step_Hz for v in (field / field.mean() * rest, t.values[..., 2])]
-    across = motion[..., 1], torch.gradient(field / field.mean() * rest, dim=0)[0].abs()
+    across = motion[..., 1].abs(), torch.gradient(field / field.mean() * rest, dim=0)[0].abs()
     self.rates = torch.stack([*slope, *across], 2).to(self.real).flatten(0, 1)
     strength = t.values[..., 4 + self.main].abs().sum(1).clamp(min=1e-9).log()
     self.fade = torch.gradient(strength)[0].abs().to(self.real)  # relative change of the amplitude per row
@@ -529,13 +531,13 @@ def _rough(self: Ridge, c: Cells, w: Windows, margin: int = 1) -> Rough:
     spread = span + (rates[:, 0] * c.width_w + rates[:, 3] * c.width_r) / self.eV_per_point
     inside = ((centre - low) / spread + 0.5).clamp(0, 1) * ((high - centre) / spread + 0.5).clamp(0, 1)
     sizes = [(torch.log2(v / _WIDE) + 1e-3).floor().long() for v in (width, c.width_w / self.step_Hz)]
-    reach = by_w * (c.width_w / self.step_Hz) + by_r * c.width_r  # of the side line, in points
+    reach = by_w * (c.width_w / self.step_Hz) + by_r.abs() * c.width_r  # of the side line, in points
     sizes[1] = torch.where((sizes[1] < 0) & (reach < _WIDE), -1,
                            (torch.log2(reach / _WIDE).ceil().long() + margin).clamp(0, _SIZES - 1))
     shift = (centre - zero) * per
     ends = [e - t.energy_eV for e in self.energies]
     energy = (mass_eV * (field - shift) / (1 + shift)).clamp(*ends)
-    apart = apart * (1 + energy * (self.faster[1] + energy * self.faster[0]))
+    apart = (apart + by_r * (c.r - r)) * (1 + energy * (self.faster[1] + energy * self.faster[0]))
     volume = (b - a).clamp(min=0) * width * inside * c.width_r
     mass, snr2, share = prior + volume.log(), 0, w.share.to(real)[c.event]
     for line, place, size in ((self.main, torch.where(sizes[0] >= 0, x, centre), sizes[0]),
@@ -586,6 +588,7 @@ Ridge._cell_rates, Ridge._widths, Ridge._is_narrow = _cell_rates, _widths, _is_n
 
 # %% ../../nbs/cres/27_fit.ipynb #fedb3f01
 _BINS = 512
+_LEAST = 0.125  # rows: width that cells keep in radius where the side line moves much, near the fold
 _MINOR = 0.1  # share of a cell, over that of the usual ones, below which it may be wider
 
 def _width(x: Tensor, size: Tensor, p: Tensor, event: Tensor, n: int, low: float, high: float) -> Tensor:  # (n,)
@@ -630,8 +633,9 @@ def _needs(self: Ridge, c: Cells, s: Rough, w: Windows, share: Tensor) -> tuple[
     side = torch.where(width_w > fine_w, side, 1)
     width_r = c.width_r
     coarse = (self.fade[r] * width_r * (2 * s.snr2).sqrt() > self.config.fade) | (
-        apart * width_r > torch.maximum(fine_w, width_w / 2)) | (by_r * width_r > (2 * wanted[0]).clamp(min=0.02))
-    return x.long(), side.long(), 1 + (coarse & (width_r > 2)).long()
+        by_r * width_r > (2 * wanted[0]).clamp(min=0.02))
+    moving = apart * width_r > torch.maximum(fine_w, width_w / 2)
+    return x.long(), side.long(), 1 + (coarse & (width_r > 2) | moving & (width_r > _LEAST)).long()
 
 Ridge._kept, Ridge._needs = _kept, _needs
 

@@ -332,6 +332,17 @@ def test_infer_refuses_spectra_that_do_not_fit(world, capfd):
     refused(capfd, [*infer, "measured.h5", "--out", "mc.h5"], "mc.h5", worked=True)
 
 
+def test_infer_asks_all_methods(world, capfd):
+    refused(capfd, ["infer", "run", "--spectrum", "measured.h5", "--robust", "nowhere"], "nowhere")
+    cli.deadlayer(["infer", "run", "--spectrum", "measured.h5", "--robust", "run", "--out", "all"])
+    printed, found = capfd.readouterr().out, json.loads(Path("all/answer/answer.json").read_text())
+    methods = {e["method"]: e for e in found["estimates"]}
+    assert {"network", "robust network", "loop of the network", "likelihood, whole"} <= set(methods)
+    assert [m for m, e in methods.items() if e["family"] == "network" and e["counts"]] == ["robust network"]
+    assert "All methods" in printed and found["sentences"][0] in " ".join(printed.split())
+    assert "Does a simulation describe it?, robust network" in Path("all/answer/report.html").read_text()
+
+
 @pytest.mark.parametrize("name", ["coarse.h5", "zero.h5", "files"])
 def test_infer_names_the_spectrum_that_does_not_fit(world, capfd, name):
     mc = toy_spectra(2)

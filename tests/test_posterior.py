@@ -297,6 +297,7 @@ def test_the_loop_ends_where_the_network_balances(emulator, start):
     calibration = ps.Calibration(gaussian, None, 1, 1)
     loop = ps.iterate(net, one, emulator, start, calibration)
     assert loop.balanced and abs(loop.fccd_in_mm - 1.0) < 0.002 and len(loop.steps) < 20
+    assert abs(loop.steps[-1]["probability"] - 0.5) < 0.02
     assert loop.steps[0]["fccd_in_mm"] == pytest.approx(start) and loop.rows()[-1][-1] == "balanced"
     assert all(s["verdict"] == ("thicker" if s["fccd_in_mm"] < 1 else "thinner") for s in loop.steps[:-1])
 

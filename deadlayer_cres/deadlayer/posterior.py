@@ -550,7 +550,7 @@ def iterate(
     start_dlf: float = 1.0,
     step_in_mm: float = 0.02,  # the first step
     tolerance: float = 0.05,  # balanced when the normal score of P(thicker) is smaller
-    max_steps: int = 30,
+    max_steps: int = 40,
 ) -> Loop:
     "Move the reference until the network finds measurement and simulation balanced."
     counts, device = measured.counts[0] / measured.exposure, next(pipeline.parameters()).device
@@ -564,22 +564,22 @@ def iterate(
         z, last = float(answer[0]), f
         middle = float(answer[2]) if len(answer) == 4 else 0.5
         score = float(calibration.score(np.array([z]), np.array([[f, middle]]))[0])
-        balanced = abs(score) < tolerance
+        found = dlf if len(answer) < 4 else float(calibration.dlf(answer[None, 1:], 0.5, np.array([[f, middle]]))[0])
+        balanced = abs(score) < tolerance and abs(found - dlf) < 0.01
         verdict = "balanced" if balanced else "thicker" if score > 0 else "thinner"
         steps.append({"step": k, "fccd_in_mm": f, "dlf": dlf, "logit": z, "probability": float(ndtr(score)),
                       "verdict": verdict})
-        if len(answer) == 4:
-            old, dlf = dlf, float(calibration.dlf(answer[None, 1:], 0.5, np.array([[f, middle]]))[0])
-            if abs(dlf - old) > 0.05:  # what was learnt with another DLF does not hold
-                ends.clear()
-        if balanced and (k or len(answer) < 4):  # a network of DLF has named it once
+        if balanced:
             break
-        if len(answer) == 4 and not ends and abs(dlf - steps[-1]["dlf"]) > 0.05:
-            continue  # ask again at the same FCCD
+        moved = (found - dlf) * (0.5 if k else 1.0)  # half the way, or two references might take turns
+        dlf += moved
+        if abs(moved) > 0.05:  # what was learnt with another DLF does not hold: ask again
+            ends.clear()
+            continue
         f, move = _next(ends, f, score, move, low, high)
-        if f == last:
+        if f == last and abs(moved) < 0.01:
             break
-    return Loop(steps, steps[-1]["fccd_in_mm"], dlf, balanced)
+    return Loop(steps, steps[-1]["fccd_in_mm"], steps[-1]["dlf"], balanced)
 
 # %% ../../nbs/deadlayer/41_posterior.ipynb #3d23b177
 def _next(ends: dict, f: float, score: float, move: float, low: float, high: float) -> tuple[float, float]:
@@ -618,7 +618,7 @@ def posterior_figure(posterior: Posteriors, k: int = 0) -> Figure:
     x, density = posterior.density(k)
     f, p = posterior.scans.fccd_in_mm[k], posterior.probability(posterior.scans.logit)[k]
     outer = posterior.interval("90")[k]
-    pad = 1.5 * np.diff(outer)[0]
+    pad = max(1.5 * np.diff(outer)[0], 1e-4)
     with figure(1, 2, width=7, height=2.6) as (fig, (left, right)):
         left.plot(f, p, ".-", ms=3)
         left.set(xlabel="reference FCCD [mm]", ylabel="P(FCCD > reference)")

@@ -243,8 +243,12 @@ def read_simulation(path: str):
         settings = yaml.safe_load(Path(path).read_text())
     except (OSError, UnicodeDecodeError, yaml.YAMLError) as e:
         raise DataError("a readable YAML file", f"{type(e).__name__}: {e}", path) from e
+    if not isinstance(settings, dict):
+        raise DataError("settings of a simulation", f"{type(settings).__name__} in the file", path,
+                        remedy="print those of a verb with cres simulate --print_config")
+    mine = {k: v for k, v in settings.items() if k not in ("out", "overwrite") and (k, v) != ("test_set", None)}
     with about(path):
-        return config_from_dict(SimulateConfig, settings)
+        return config_from_dict(SimulateConfig, mine)
 
 # %% ../nbs/91_cli_cres.ipynb #9c7af68f
 def infer_tracks(args: Namespace) -> None:

@@ -103,7 +103,8 @@ def test_disagreement_within_a_family_shows():
     a = combine([estimate(), *rows])
     assert a.verdict == "disagree" and a.fccd.p_value > 0.5
     assert a.families["fccd_in_mm"]["likelihood"].spread == pytest.approx(0.1, rel=0.05)
-    assert "within itself: likelihood" in sentences(a)[1]
+    assert "families the methods agree" in sentences(a)[1]
+    assert "those of the likelihood among themselves disagree" in sentences(a)[1]
     assert combine([estimate(), *(replace(r, counts=False) for r in rows)]).verdict == "agree"
 
 

@@ -497,7 +497,8 @@ Fitter.seen, Fitter._distinct, Fitter._fitted, Fitter.__call__ = _seen, _distinc
 def _goodness(self: Fitter, ts, f: Fitted, beside: int = 4) -> dict[str, Tensor]:  # name -> (n,)
     """How well the best modes fit records (n, 2, samples).
 
-    `chi2` per degree of freedom, of the bins about the lines; `p_value`, the probability of so bad a fit by chance.
+    `chi2` per degree of freedom, of the bins about the lines; `p_value`, the probability by chance of so high a peak
+    left over, or of bins about the lines that are so far above or below their noise.
     """
     ts, r = torch.as_tensor(ts).to(self.device, torch.float32), self.receiver
     best = f.values[:, 0]
@@ -516,8 +517,9 @@ def _goodness(self: Fitter, ts, f: Fitted, beside: int = 4) -> dict[str, Tensor]
     top, total = torch.cat(out, 1).double()
     freedom = 2 * (2 * beside + 1) * c.frequency_Hz.shape[1]
     peak = -torch.expm1(N * torch.log1p(-(-top).exp().clamp(max=1 - 1e-16)))
-    near = torch.special.gammaincc(torch.full_like(total, freedom / 2), total)
-    return {"chi2": 2 * total / (freedom - len(f.names)), "p_value": (2 * torch.minimum(peak, near)).clamp(max=1)}
+    half = torch.full_like(total, freedom / 2)
+    near = torch.minimum(torch.special.gammaincc(half, total), torch.special.gammainc(half, total))
+    return {"chi2": 2 * total / (freedom - len(f.names)), "p_value": (3 * torch.minimum(peak, near)).clamp(max=1)}
 
 Fitter.goodness = _goodness
 

@@ -120,7 +120,7 @@ def from_loop(
     low, high = moved(loop.dlf, dlf) if dlf else (None, None)
     return Estimate(method, "network", loop.fccd_in_mm, moved(loop.fccd_in_mm, fccd), loop.dlf if dlf else None,
                     (max(low, 0.0), min(high, 1.0)) if dlf else None, described, False,
-                    "" if loop.balanced else "ended without balance")
+                    ("" if loop.balanced else "ended without balance; ") + "interval of the posterior")
 
 # %% ../../nbs/deadlayer/43_answer.ipynb #87004ae2
 @dataclass(frozen=True)
@@ -187,6 +187,10 @@ PUBLISHED = (  # for the detector V05268A
 )
 
 # %% ../../nbs/deadlayer/43_answer.ipynb #d01239e9
+def _word(p: float) -> str:
+    "What a p-value says."
+    return "agree" if p >= 0.05 else "in tension" if p >= 1e-3 else "disagree"
+
 @dataclass(frozen=True)
 class Answer:
     "FCCD and DLF by all methods, and how far these agree."
@@ -200,9 +204,8 @@ class Answer:
 
     @property
     def verdict(self) -> str:
-        "`agree`, `in tension` or `disagree`: the smallest p-value of the FCCD within and between families."
-        p = self.p_value
-        return "agree" if p >= 0.05 else "in tension" if p >= 1e-3 else "disagree"
+        "`agree`, are `in tension` or `disagree`: from `p_value`."
+        return _word(self.p_value)
 
     @property
     def p_value(self) -> float:
@@ -253,16 +256,16 @@ def sentences(answer: Answer) -> list[str]:
             + (f", by one family of methods ({', '.join(families)})." if answer.fccd.n == 1 else
                f", by {answer.fccd.n} families of methods ({', '.join(families)}), with a spread of "
                f"{answer.fccd.spread:.3f} mm between them beyond their errors.")]
-    split = [f"{name} (p = {c.p_value:.1g}, spread {c.spread:.3f} mm)" for name, c in families.items()
-             if c.n > 1 and c.p_value < 0.05]
-    said.append(f"The methods {answer.verdict}" + (f" (p = {answer.p_value:.1g})" if answer.p_value < 1 else "") + (
-        f"; within itself: {', '.join(split)}." if split else "."))
+    between = f"Between families the methods {_word(answer.fccd.p_value)} (p = {answer.fccd.p_value:.1g})"
+    within = [f"those of the {name} among themselves {_word(c.p_value)} (p = {c.p_value:.1g}, spread {c.spread:.3f} mm)"
+              for name, c in families.items() if c.n > 1]
+    said.append("; ".join(([between] if answer.fccd.n > 1 else []) + within or ["One estimate counts"]) + ".")
     asked = [e for e in answer.estimates if e.described is not None]
     bad = [e.method for e in asked if not e.described]
     if bad:
         said.append(f"No simulated spectrum describes what {len(bad)} of {len(asked)} fits looked at (p < 0.001): "
-                    "their errors hold for the statistics only, and the spread between methods is that of the "
-                    "simulation, not of the detector.")
+                    "their own errors say nothing of that. They are enlarged by the misfit or by the spread of the "
+                    "windows, which is a fault of the simulation, not of the detector.")
     for e in answer.published:
         sigma = np.hypot(answer.fccd.error, _facing(e.fccd_in_mm, e.fccd_interval_mm, answer.fccd.value))
         said.append(f"{e.method[0].upper()}{e.method[1:]}: {e.fccd_in_mm:.3f} mm, "
@@ -290,7 +293,7 @@ def answer_rows(answer: Answer) -> list[list[str]]:
     rows += [[e.method, _cell(e.fccd_in_mm, e.fccd_interval_mm), _cell(e.dlf, e.dlf_interval), "", "", e.note]
              for e in answer.published]
     rows.append(["together", _pm(answer.fccd), _pm(answer.dlf) if answer.dlf else "-", "", "",
-                 f"methods {answer.verdict}"])
+                 f"between families: {_word(answer.fccd.p_value)}"])
     return rows
 
 # %% ../../nbs/deadlayer/43_answer.ipynb #8c49e6dc

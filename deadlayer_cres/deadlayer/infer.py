@@ -244,8 +244,9 @@ def check_measured(measured: Spectra, references: Spectra) -> None:
     "Raise `DataError` unless one spectrum with counts and with the bins of the references was measured."
     if len(measured) != 1:
         raise DataError("one measured spectrum", str(len(measured)), remedy="choose one")
-    if measured.counts.sum() == 0:
-        raise DataError("a spectrum with counts", "none", remedy="check the file and the energy range")
+    if measured.counts.sum() < 100:
+        raise DataError("a spectrum of at least 100 counts", f"{measured.counts.sum():g}",
+                        remedy="check the file and the energy range")
     same = measured.edges_keV.shape == references.edges_keV.shape
     if not same or not np.allclose(measured.edges_keV, references.edges_keV):
         def text(e):

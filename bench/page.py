@@ -69,6 +69,8 @@ TABLES = {
               {"metrics/shared": "network", "metrics/baseline/shared": "PCA + cubic regression",
                "metrics/published/restricted": "published, trained per window",
                "metrics/published/full": "published, trained on all"})],
+    "deadlayer_answer": [Table("FCCD of V05268A by family of methods", "families/fccd_in_mm/*", {"FCCD [mm]": ""}),
+                         Table("DLF of V05268A by family of methods", "families/dlf/*", {"DLF": ""})],
     "deadlayer_fit": [Table("FCCD from the whole likelihood, by window", "likelihood/windows/*",
                             {"FCCD [mm]": "parameters/fccd_in_mm",
                              "DLF": "parameters/dlf", "deviance": "deviance", "bins less parameters": "ndf"}),

@@ -305,7 +305,7 @@ def reweighted(density: "Likelihood", ridge: Ridge, ts: np.ndarray, draws: int, 
             "effective_draws": round(float(1 / (v**2).sum()))}
 
 
-def late(n: int = 64, starts: int = 25) -> dict:
+def late(n: int = 256, starts: int = 25) -> dict:
     "Tracks that begin in the first half of a record, their start known and unknown, and what the bound says of it."
     T = 8192 / SimulateConfig().receiver.sampling_rate_Hz
     s = Simulator(SimulateConfig(seed=5, noise="added", tracks=TrackConfig(start_low_s=0.0, start_high_s=T / 2)),

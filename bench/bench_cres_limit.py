@@ -13,6 +13,7 @@ it (importance sampling; events with one mode and with many), and `emcee` walks 
 
 With `--save FOLDER` the exact posteriors are written event by event: `limit_cca8k.csv` and `limit_cca24k.csv`, tables
 of `cres.evaluate` for `--limit` and `--exact` of the other benchmarks, and `.npz` files of the same names with more.
+A call that was stopped goes on from these files with `--resume`; it takes their word that the code is the same.
 
 The parts (`--parts`), each with the machine it ran on in `environments`; a part that is not asked for keeps its last
 result. `limit`: all of the above, with cells as fine as the likelihood (`RidgeConfig.exact`). `fast`: the same with the
@@ -103,20 +104,25 @@ def binned(s: dict, truth: dict, column: np.ndarray, edges) -> list[dict]:
     return out
 
 
-def limit(name: str, n: int, save: Path | None, config: RidgeConfig) -> tuple[dict, dict]:
+def limit(name: str, n: int, save: Path | None, config: RidgeConfig, resume: bool = False) -> tuple[dict, dict]:
     "All about the posteriors of the first n events of a test set."
-    ridge, truth, out, wall, cpu = Ridge(Simulator(TEST_SETS[name]), config), {}, [], 0.0, 0.0
-    events = test_set(name, n)
+    ridge, events, out, wall, cpu, done = Ridge(Simulator(TEST_SETS[name]), config), test_set(name, n), [], 0.0, 0.0, 0
     truth = events.columns
-    for a in range(0, n, 64):
+    archive = None if save is None else save / f"limit_{name.replace('-', '')}"
+    if resume and archive is not None and archive.with_suffix(".npz").exists():
+        with np.load(archive.with_suffix(".npz")) as found:
+            out.append({k: found[k][:n] for k in found.files if k != "levels"})
+        done = len(out[0]["modes"])
+    for a in range(done, n, 64):
         began = time.perf_counter(), time.process_time()
         out.append(summaries(ridge, events.ts[a:a + 64], {k: v[a:a + 64] for k, v in truth.items()}))
         wall, cpu = wall + time.perf_counter() - began[0], cpu + time.process_time() - began[1]
         if a % 512 == 0 or a + 64 >= n:
             s = {k: np.concatenate([row[k] for row in out]) for k in out[0]}
-            print(f"{name}: {len(s['modes'])} events, {len(s['modes']) / cpu:.1f} per CPU second", flush=True)
-            if save is not None:
-                save_events(save / f"limit_{name.replace('-', '')}", s, truth)
+            print(f"{name}: {len(s['modes'])} events, {(len(s['modes']) - done) / cpu:.1f} per CPU second", flush=True)
+            if archive is not None:
+                save_events(archive, s, truth)
+    s = {k: np.concatenate([row[k] for row in out]) for k in out[0]}
     error, sigma, one = s["energy_eV_mean"] - truth["energy_eV"], s["energy_eV_sigma"], s["single_mode"]
     order = np.argsort(sigma)
     inner = np.abs(s["main_mode_energy_eV"] - truth["energy_eV"]) / s["main_mode_sigma_eV"] / 0.6745
@@ -138,8 +144,9 @@ def limit(name: str, n: int, save: Path | None, config: RidgeConfig) -> tuple[di
         "by_pitch_angle_deg": binned(s, truth, truth["pitch_angle_deg"], (88, 88.1, 88.3, 88.6, 88.9, 89.2, 89.6, 90)),
         "by_radius_mm": binned(s, truth, 1e3 * truth["radius_m"], (0, 1, 2, 3, 4, 5, 6, 6.5)),
         "by_sigma_eV": binned(s, truth, sigma, (0, 0.1, 0.3, 1, 3, 10, 30, 100)),
-        "speed": {"events_per_second": rounded(n / wall), "events_per_cpu_second": rounded(n / cpu),
-                  "threads": torch.get_num_threads(), "device": str(ridge.device)},
+        "speed": {"events": n - done, "threads": torch.get_num_threads(), "device": str(ridge.device)} | (
+            {} if done == n else {"events_per_second": rounded((n - done) / wall),
+                                  "events_per_cpu_second": rounded((n - done) / cpu)}),
     }
 
 
@@ -305,7 +312,7 @@ def reweighted(density: "Likelihood", ridge: Ridge, ts: np.ndarray, draws: int, 
             "effective_draws": round(float(1 / (v**2).sum()))}
 
 
-def late(n: int = 64, starts: int = 25) -> dict:
+def late(n: int = 256, starts: int = 25) -> dict:
     "Tracks that begin in the first half of a record, their start known and unknown, and what the bound says of it."
     T = 8192 / SimulateConfig().receiver.sampling_rate_Hz
     s = Simulator(SimulateConfig(seed=5, noise="added", tracks=TrackConfig(start_low_s=0.0, start_high_s=T / 2)),
@@ -387,6 +394,7 @@ def main() -> None:
     p.add_argument("--noise", type=int, default=2048, help="records of noise alone")
     p.add_argument("--threads", type=int, default=1)
     p.add_argument("--save", type=Path, help="folder for the posteriors' moments")
+    p.add_argument("--resume", action="store_true", help="go on from the files in the folder of --save")
     p.add_argument("--out", type=Path, default=ROOT / "bench" / "results" / "cres_limit.json")
     options = p.parse_args()
     torch.set_num_threads(options.threads)
@@ -395,7 +403,7 @@ def main() -> None:
     for name in options.sets:
         entry, s = report.setdefault(name, {}), {}
         if "limit" in options.parts:
-            s["limit"], new = limit(name, options.events, options.save, RidgeConfig.exact())
+            s["limit"], new = limit(name, options.events, options.save, RidgeConfig.exact(), options.resume)
             report[name] = entry = new | {k: v for k, v in entry.items() if k not in new}
             where["limit"] = about()
         if "fast" in options.parts:

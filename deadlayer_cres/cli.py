@@ -387,6 +387,7 @@ def calibrated(config, pipeline, parts: dict, measured):
     with about(", ".join(config.data.spectra)):
         return infer_all(pipeline, measured, parts, config.pairs.nuisance, config.train.seed)
 
+# %% ../nbs/90_cli.ipynb #7237779d
 def all_methods(whole, measured, parts: dict, robust, out: Path, facts: dict) -> None:
     "Ask every method, write their common answer to `out`, and print it."
     from deadlayer_cres.deadlayer import answer as an
@@ -423,6 +424,7 @@ def all_methods(whole, measured, parts: dict, robust, out: Path, facts: dict) ->
     an.print_answer(found)
     print(f"report of all methods: {report}")
 
+# %% ../nbs/90_cli.ipynb #c9b3100d
 def temperature(config, pipeline, parts: dict, family: dict) -> dict:
     "The option of `infer.infer` for a network that was trained without random DLF."
     from deadlayer_cres.deadlayer.infer import validation_temperature

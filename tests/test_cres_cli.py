@@ -289,7 +289,7 @@ def test_evaluate_refuses_bad_input(capfd, run, options, words):
 def test_infer_is_what_reconstruct_gives(capfd, run):
     events = stored()
     cres(["infer", run, "a", "--out", "a.csv"])
-    assert "40 of 1 files" in capfd.readouterr().out
+    assert "40 from 1 file" in capfd.readouterr().out
     _, _, pipeline = load_run(run, "cpu")
     assert np.allclose(read_table("a.csv").mean, reconstruct(pipeline, events).mean, atol=1e-2)
     refused(capfd, ["infer", run, "a", "--out", "a.csv"], "a.csv", "overwrite")
@@ -299,7 +299,7 @@ def test_infer_is_what_reconstruct_gives(capfd, run):
 def test_infer_tracks(capfd, run):
     stored(n=4, samples=1024)
     cres(["infer", run, "a", "--out", "t.csv", "--track", "--stride", "128"])
-    assert "4 of 1 files" in capfd.readouterr().out and os.path.getsize("t.png") > 5000
+    assert "4 from 1 file" in capfd.readouterr().out and os.path.getsize("t.png") > 5000
     assert len(read_columns("t_windows.csv")["event"]) == 4 * 7 and len(read_columns("t.csv")["event"]) == 4
 
 

@@ -69,8 +69,10 @@ def row_of(results: dict, set_name: str, name: str, what: str, source: tuple[str
     cells = {} if merit is None else figures(merit.get("energy_eV", merit), name)
     rate = speed(part, row, name) if cells else None
     if name in ("posterior", "limit"):  # measured by itself, with nothing else in the process
+        samples, kind = (8192 if set_name == "cca-8k" else 24_576), "default" if name == "posterior" else "exact"
+        pair = next((r for r in results["limit"].get("speed", []) if r["samples"] == samples), {})
         rate = (limit.get("fast", {}) if name == "posterior" else limit).get("speed", {}).get(
-            "events_per_cpu_second", rate)
+            "events_per_cpu_second", pair.get("events_per_cpu_second", {}).get(kind, rate))
     if rate is not None:
         cells["speed"] = {"value": rate}
     efficiency = row.get("efficiency", {}).get("0.001")

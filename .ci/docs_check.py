@@ -13,6 +13,7 @@ import yaml
 REPOSITORY = "https://github.com/deadlayer-cres/deadlayer_cres"
 COLAB = "https://colab.research.google.com/github/deadlayer-cres/deadlayer_cres/blob/main/"
 NO_PAGES = {"_proc", "_docs", ".ipynb_checkpoints"}
+PROSE = ("tutorials/", "howto/", "explanations/", "start.")  # pages that export nothing
 
 
 @dataclass
@@ -183,7 +184,7 @@ def output_text(output: dict) -> str:
 
 
 def check_images(site: Site) -> list[str]:
-    "Each image says in words what it shows."
+    "Each image says in words what it shows, and those of pages that export nothing have a caption."
     bad = []
     for name, page in site.pages.items():
         bad += [f"nbs/{name}: {target}: image without alt text" for alt, target in IMAGE.findall(page.prose)
@@ -195,6 +196,10 @@ def check_images(site: Site) -> list[str]:
                 if not re.search(r"^#\| *fig-alt: *\S", cell["source"], re.M) and "#| hide\n" not in cell["source"]:
                     line = next((s for s in cell["source"].splitlines() if s and not s.startswith("#|")), "")
                     bad.append(f"nbs/{name}: figure without `#| fig-alt:` in the cell: {line.strip()}")
+        if name.startswith(PROSE):
+            bad += [f"nbs/{name}: `#| fig-alt:` without `#| fig-cap:`: {found[1]}" for cell in page.cells
+                    if (found := re.search(r"^#\| *fig-alt: *(.{1,60})", cell["source"], re.M))
+                    and not re.search(r"^#\| *fig-cap: *\S", cell["source"], re.M)]
     return bad
 
 
@@ -203,7 +208,7 @@ def check_tutorials(site: Site) -> list[str]:
     bad = []
     for name, page in site.pages.items():
         code = [c for c in page.cells if c["cell_type"] == "code"]
-        if name.startswith(("tutorials/", "howto/", "explanations/", "start.")) and code:
+        if name.startswith(PROSE) and code:
             if not any(c.get("outputs") for c in code):
                 bad.append(f"nbs/{name}: no stored outputs")
         if name.startswith("tutorials/") and f"({COLAB}nbs/{name})" not in page.prose:

@@ -155,6 +155,14 @@ def test_image_without_words(site, cell):
     only(site, "images", "page.ipynb")
 
 
+def test_figure_of_a_page_without_a_caption(site):
+    colab = f"[open]({DOCS['COLAB']}nbs/tutorials/one.ipynb)"
+    for caption, good in (("", False), ('#| fig-cap: "A line, drawn."\n', True)):
+        notebook(site / "nbs" / "tutorials" / "one.ipynb", "# One\n\n> Two.", colab,
+                 (f'#| fig-alt: "A line."\n{caption}plot()', [IMAGE]))
+        assert not found(site) if good else only(site, "images", "fig-cap", "A line.") is None
+
+
 def test_tutorial_without_outputs(site):
     colab = f"[open]({DOCS['COLAB']}nbs/tutorials/one.ipynb)"
     notebook(site / "nbs" / "tutorials" / "one.ipynb", "# One\n\n> Two.", colab, ("print(1)", []))

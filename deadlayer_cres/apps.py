@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['quick_png', 'running_cell', 'Explorer', 'numbers_html', 'still', 'find_files', 'find_runs', 'RunInfo', 'read_runs',
-           'flat', 'config_rows', 'metrics_rows', 'table_html', 'RunBrowser', 'with_residuals', 'set_range', 'Brush',
-           'run_browser']
+           'flat', 'config_rows', 'metrics_rows', 'table_html', 'RunBrowser', 'history_figure', 'with_residuals',
+           'set_range', 'Brush', 'run_browser']
 
 # %% ../nbs/80_apps.ipynb #acdb604e
 import html
@@ -355,8 +355,6 @@ class RunBrowser(Explorer):
         super().__init__(**values)
 
     def make_controls(self):
-        with figure(width=7.5, height=3.2) as (self.fig, self.ax):
-            self.ax.set(xlabel="epoch")
         self.tables = widgets.HTML()
         again = widgets.Button(description="Look again")
         again.on_click(lambda _: self.look_again())
@@ -387,38 +385,33 @@ class RunBrowser(Explorer):
             self._scan(values["below"])
             values = self.values
         chosen, quantity = {k: self.runs[k] for k in values["runs"]}, values["quantity"]
-        self._curves(chosen, quantity)
+        fig = history_figure({k: r.history for k, r in chosen.items()}, quantity)
         self.below.children = [self.tables]
         self.tables.value = self._tables(chosen, values["differences"])
         ended = {k: [row[quantity] for row in r.history if quantity in row] for k, r in chosen.items()}
         numbers = {f"{k}, last {quantity}": v[-1] for k, v in ended.items() if v}
-        yield self.fig, {"runs": f"{len(self.runs)}, of which {sum(not r.reason for r in self.runs.values())} finished"} | numbers
+        yield fig, {"runs": f"{len(self.runs)}, of which {sum(not r.reason for r in self.runs.values())} finished"} | numbers
 
 # %% ../nbs/80_apps.ipynb #94145935
-@patch
-def _curves(self: RunBrowser, runs: Mapping[str, RunInfo], quantity: str) -> None:
-    "Draw the history of each run."
-    ax, style = self.ax, {"marker": "."}
-    for line in list(ax.lines):
-        line.remove()
-    ax.set_prop_cycle(color=COLOURS)
-    drawn = []
-    for k, (name, run) in enumerate(runs.items()):
-        y = np.array([row.get(quantity, np.nan) for row in run.history], float)
-        if np.isfinite(y).any():
-            dashes = ("-", "--", ":", "-.")[k // len(COLOURS) % 4]
-            ax.plot(1 + np.array([row["epoch"] for row in run.history]), y, dashes, label=name[-40:], **style)
-            drawn.append(y[np.isfinite(y)])
-    every = np.concatenate(drawn) if drawn else np.ones(1)
-    wide = every.min() > 0 and every.max() > 5 * every.min()
-    ax.set(yscale="log" if wide else "linear", ylabel=(quantity or "").replace("_", " "))
-    ax.relim()
-    ax.autoscale()
-    ax.xaxis.get_major_locator().set_params(integer=True)
-    if drawn:
-        ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1), borderaxespad=0)
-    elif ax.get_legend():
-        ax.get_legend().remove()
+def history_figure(
+    histories: Mapping[str, Sequence[Mapping]],  # run -> rows of its history
+    quantity: str | None,  # a column
+) -> Figure:
+    "One column of several histories against epoch; logarithmic where the values span much."
+    rows = {k: [(1 + r["epoch"], r[quantity]) for r in h if quantity in r] for k, h in histories.items()}
+    curves = {k: np.array(r, float) for k, r in rows.items() if r}
+    with figure(width=7.5, height=3.2) as (fig, ax):
+        for k, (name, curve) in enumerate(curves.items()):
+            ax.plot(*curve.T, ("-", "--", ":", "-.")[k // len(COLOURS) % 4], marker=".", label=name[-32:])
+        y = np.concatenate([c[:, 1] for c in curves.values()] or [np.ones(1)])
+        y = y[np.isfinite(y)]
+        ax.set(xlabel="epoch", ylabel=(quantity or "").replace("_", " "))
+        if y.size and y.min() > 0 and y.max() > 5 * y.min():
+            ax.set_yscale("log")
+        ax.xaxis.get_major_locator().set_params(integer=True)
+        if curves:
+            fig.legend(loc="outside right upper")
+    return fig
 
 @patch
 def _tables(self: RunBrowser, chosen: Mapping[str, RunInfo], differences: bool) -> str:

@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUILT_IN_DECAYS', 'built_in_spectra', 'Cut', 'surface_of', 'read_row', 'fit_bins', 'Verdict', 'ask_pair',
-           'SpectrumExplorer', 'Pair', 'spectrum_explorer']
+           'SpectrumExplorer', 'Pair', 'power', 'spectrum_explorer']
 
 # %% ../nbs/81_apps_deadlayer.ipynb #fa9b5e77
 import os
@@ -167,7 +167,7 @@ def _make_figure(self: SpectrumExplorer) -> None:
             ax.set_ylabel(label)
             ax.yaxis.set_label_coords(-0.075, 0.5)
         top.set(yscale="log", xlim=ENERGY_KEV)
-        self.shade, self.legend = None, top.legend(self.curves, ["spectrum 1", "spectrum 2"], loc="upper right",
+        self.shade, self.legend = None, top.legend(self.curves, ["spectrum 1", "spectrum 2"], loc="upper right", ncols=2,
                                                    frameon=True, framealpha=0.85, edgecolor="none")
         mark_lines(top, BA133_MARKS)
         for ax in (middle, bottom):
@@ -176,6 +176,7 @@ def _make_figure(self: SpectrumExplorer) -> None:
         bottom.axhspan(-2, 2, color="#dddddd", alpha=0.6, lw=0, zorder=0)
         bottom.set_xlabel("energy [keV]")
         self.bar_axes.set_visible(False)
+        self.moving = [*self.curves, *self.steps, self.legend]
 
 # %% ../nbs/81_apps_deadlayer.ipynb #979e6237
 @patch
@@ -309,21 +310,32 @@ def _limit(self: SpectrumExplorer, p: Pair) -> None:
         return
     self._limits = p.exposure, len(p.edges_keV), ceiling
     top, middle, bottom = self.axes
-    top.set(ylim=(max(1e-6 * ceiling, 0.3), ceiling), xlim=(p.edges_keV[0], p.edges_keV[-1]))
+    floor = max(1e-6 * ceiling, 0.3)
+    top.set(ylim=(floor, ceiling), xlim=(p.edges_keV[0], p.edges_keV[-1]))
+    ticks = 10.0 ** np.arange(np.ceil(np.log10(floor)), np.log10(ceiling) + 0.01)
+    top.set_yticks(ticks, [power(t) for t in ticks])
+    top.set_yticks([], minor=True)
     for ax, reach, linear in ((middle, ceiling / 4, max(np.sqrt(ceiling) / 30, 1)), (bottom, np.sqrt(ceiling), 3.0)):
         decades = 10.0 ** np.arange(np.ceil(np.log10(2 * linear)), np.log10(reach) + 0.01)
         ticks = decades[::-1][::max(len(decades) // 3, 1)]
         ticks = [*-ticks, 0, *ticks[::-1]]
         ax.set_yscale("asinh", linear_width=linear)
-        ax.set_yticks(ticks, [f"{t:g}".replace("-", "−") for t in ticks])
+        ax.set_yticks(ticks, [power(t) for t in ticks])
         ax.set_yticks([], minor=True)
         ax.set_ylim(-reach, reach)
+
+def power(x: float) -> str:
+    "A power of ten for an axis; as plain text it is drawn faster than as a formula."
+    exponent = round(np.log10(abs(x))) if x else 0
+    text = f"{abs(x):g}" if abs(exponent) < 3 else "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    return "−" * (x < 0) + text
 
 @patch
 def _shade_attention(self: SpectrumExplorer, p: Pair) -> None:
     "Colour the background of the spectra by the attention of the network."
     if self.shade is not None and (p.verdict is None or self.shade.get_array().size != len(p.pull)):
         self.shade.remove()
+        self.moving.remove(self.shade)
         self.shade = None
     self.bar_axes.set_visible(p.verdict is not None)
     if p.verdict is None:
@@ -333,6 +345,7 @@ def _shade_attention(self: SpectrumExplorer, p: Pair) -> None:
         top = self.axes[0]
         self.shade = top.pcolormesh(p.edges_keV, [0, 1], density[None], cmap="Oranges", alpha=0.55, zorder=-1,
                                     transform=top.get_xaxis_transform(), norm=PowerNorm(0.5, 0, density.max()))
+        self.moving.append(self.shade)
         self.bar_axes.clear()
         self.fig.colorbar(self.shade, cax=self.bar_axes, label="attention [1/keV]")
     elif density.max() > self.shade.norm.vmax:

@@ -16,6 +16,7 @@ import ipywidgets as widgets
 import numpy as np
 import torch
 from fastcore.basics import patch
+from matplotlib.cm import ScalarMappable
 from matplotlib.colors import PowerNorm
 from scipy.special import expit
 
@@ -175,7 +176,10 @@ def _make_figure(self: SpectrumExplorer) -> None:
             ax.axhline(0, color="#888888", lw=0.6)
         bottom.axhspan(-2, 2, color="#dddddd", alpha=0.6, lw=0, zorder=0)
         bottom.set_xlabel("energy [keV]")
-        self.bar_axes.set_visible(False)
+        self.norm = PowerNorm(0.5, 0, 0.01)
+        self.fig.colorbar(ScalarMappable(self.norm, "Oranges"), cax=self.bar_axes, label="attention [1/keV]", alpha=0.55)
+        self.fig.draw_without_rendering()  # finds room for the colour bar, which is shown with a network only
+        self.fig.set_layout_engine(None)
         self.moving = [*self.curves, *self.steps, self.legend]
 
 # %% ../nbs/81_apps_deadlayer.ipynb #979e6237
@@ -308,7 +312,6 @@ def _limit(self: SpectrumExplorer, p: Pair) -> None:
     ceiling = 10 ** np.ceil(np.log10(2 * highest))
     if self._limits and self._limits[:2] == (p.exposure, len(p.edges_keV)) and ceiling <= self._limits[2]:
         return
-    self._limits = p.exposure, len(p.edges_keV), ceiling
     top, middle, bottom = self.axes
     floor = max(1e-6 * ceiling, 0.3)
     top.set(ylim=(floor, ceiling), xlim=(p.edges_keV[0], p.edges_keV[-1]))
@@ -323,12 +326,13 @@ def _limit(self: SpectrumExplorer, p: Pair) -> None:
         ax.set_yticks(ticks, [power(t) for t in ticks])
         ax.set_yticks([], minor=True)
         ax.set_ylim(-reach, reach)
+    self._limits = p.exposure, len(p.edges_keV), ceiling
 
 def power(x: float) -> str:
     "A power of ten for an axis; as plain text it is drawn faster than as a formula."
     exponent = round(np.log10(abs(x))) if x else 0
     text = f"{abs(x):g}" if abs(exponent) < 3 else "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
-    return "−" * (x < 0) + text
+    return f"−{text}" if x < 0 else text
 
 @patch
 def _shade_attention(self: SpectrumExplorer, p: Pair) -> None:
@@ -344,12 +348,10 @@ def _shade_attention(self: SpectrumExplorer, p: Pair) -> None:
     if self.shade is None:
         top = self.axes[0]
         self.shade = top.pcolormesh(p.edges_keV, [0, 1], density[None], cmap="Oranges", alpha=0.55, zorder=-1,
-                                    transform=top.get_xaxis_transform(), norm=PowerNorm(0.5, 0, density.max()))
+                                    transform=top.get_xaxis_transform(), norm=self.norm)
         self.moving.append(self.shade)
-        self.bar_axes.clear()
-        self.fig.colorbar(self.shade, cax=self.bar_axes, label="attention [1/keV]")
-    elif density.max() > self.shade.norm.vmax:
-        self.shade.norm.vmax = density.max()
+    if density.max() > self.norm.vmax:
+        self.norm.vmax = 1.5 * density.max()
     self.shade.set_array(density[None])
 
 # %% ../nbs/81_apps_deadlayer.ipynb #8d9a9684

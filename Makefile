@@ -40,7 +40,7 @@ notebooks: $(READY) ## execute the notebooks, store their outputs, clean and exp
 	@for nb in $(NB); do \
 		echo "$$nb"; \
 		TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace \
-			--ExecutePreprocessor.timeout=1800 "$$nb" || exit 1; \
+			--ExecutePreprocessor.timeout=1800 --ExecutePreprocessor.store_widget_state=False "$$nb" || exit 1; \
 	done
 	@.ci/sync
 

@@ -99,7 +99,8 @@ class Explorer(widgets.VBox):
         self.figure, self.numbers, self.drawn, self.seconds = None, {}, {}, 0.0
         self._screen, self._quiet = None, False
         self.controls = dict(self.make_controls())
-        self.image = widgets.Image(format="png", tooltip=f"figure of the {self.name} explorer")
+        self.image = widgets.Image(format="png")
+        self.image.add_class(f"explorer-{self.name}")
         self.numbers_table, self.message, self.below = widgets.HTML(), widgets.HTML(), widgets.VBox()
         self.folder = widgets.Text(value="explorer", description="save in", continuous_update=False)
         self.save_button = widgets.Button(description="Save figure and values")
@@ -114,9 +115,11 @@ class Explorer(widgets.VBox):
         "Controls beside the figure, or above it where the page is narrow."
         self.image.layout = widgets.Layout(max_width="100%", height="auto", object_fit="contain")
         left = widgets.VBox([*self.controls.values(), self.folder, self.save_button],
-                            layout=widgets.Layout(flex="0 1 21em", min_width="19em"))
+                            layout=widgets.Layout(flex="0 1 25em", min_width="21em"))
         for widget in left.children:
             widget.layout.width = "98%"
+            if "description_width" in getattr(widget, "style", widget).trait_names():
+                widget.style.description_width = "7em"
         right = widgets.VBox([self.message, self.image, self.numbers_table],
                              layout=widgets.Layout(flex="1 1 28em", min_width="0"))
         return widgets.HBox([left, right], layout=widgets.Layout(flex_flow="row wrap", width="100%"))

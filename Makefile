@@ -4,12 +4,15 @@ READY := .venv/.ready
 NB ?= $(shell git ls-files -co --exclude-standard 'nbs/*.ipynb')
 OUT ?= demo
 STEPS ?=
+RUNS ?= .
+APP := nbs/tutorials/explorers.ipynb
+EXTRA := $(BIN)/python -m pip --disable-pip-version-check install -qq -c constraints.txt
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lab notebooks sync docs docs-check bench hooks clean
+.PHONY: help demo test test-browser app lab notebooks sync docs docs-check bench hooks clean
 
 help: ## list the targets
-	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-10s %s\n", $$1, $$2}' Makefile
+	@awk -F ':.*## ' '/^[a-z-]+:.*## / {printf "make %-12s %s\n", $$1, $$2}' Makefile
 
 $(READY): settings.ini setup.py pyproject.toml constraints.txt .ci/install
 	@.ci/install
@@ -21,6 +24,14 @@ demo: $(READY) ## a small run of each half, from simulation to an answer with it
 test: $(READY) ## every check of the continuous integration; STEPS="style notebooks" for some of them
 	@.ci/checks $(STEPS)
 
+test-browser: $(READY) ## the explorers in a real browser; screenshots in .build/browser
+	@.ci/browser
+
+app: $(READY) ## the explorers as a web page; RUNS=folder with your spectra and runs
+	@test -d "$(RUNS)" || { echo "RUNS=$(RUNS): no such folder" >&2; exit 1; }
+	@$(BIN)/python -c "import voila" 2> /dev/null || { echo "installing voila"; $(EXTRA) voila; }
+	@DEADLAYER_CRES_RUNS="$(abspath $(RUNS))" PATH="$(CURDIR)/$(BIN):$$PATH" $(BIN)/voila $(APP)
+
 lab: $(READY) ## JupyterLab on the notebooks; they are cleaned as they are saved
 	@PATH="$(CURDIR)/$(BIN):$$PATH" jupyter lab --ContentsManager.pre_save_hook=nbdev.clean.clean_jupyter \
 		--LabApp.default_url=/lab/tree/nbs
@@ -29,7 +40,7 @@ notebooks: $(READY) ## execute the notebooks, store their outputs, clean and exp
 	@for nb in $(NB); do \
 		echo "$$nb"; \
 		TQDM_DISABLE=1 $(BIN)/jupyter nbconvert --log-level=ERROR --to notebook --execute --inplace \
-			--ExecutePreprocessor.timeout=1800 "$$nb" || exit 1; \
+			--ExecutePreprocessor.timeout=1800 --ExecutePreprocessor.store_widget_state=False "$$nb" || exit 1; \
 	done
 	@.ci/sync
 

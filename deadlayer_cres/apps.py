@@ -48,7 +48,8 @@ class Screen:
     ) -> bytes:
         "The figure as a PNG."
         size = self.fig.bbox.bounds
-        state = [size, [(ax.get_visible(), ax.get_yscale(), *ax.viewLim.bounds) for ax in self.fig.axes], list(moving)]
+        state = [size, list(moving), [(ax.get_visible(), ax.get_yscale(), ax.get_xlabel(), ax.get_ylabel(),
+                                       *ax.viewLim.bounds) for ax in self.fig.axes]]
         if not moving or state != self._state:
             for artist in moving:
                 artist.set_animated(True)
@@ -113,7 +114,7 @@ class Explorer(widgets.VBox):
 
     def _arranged(self) -> widgets.Widget:
         "Controls beside the figure, or above it where the page is narrow."
-        self.image.layout = widgets.Layout(max_width="100%", height="auto", object_fit="contain")
+        self.image.layout = widgets.Layout(max_width="100%", height="auto", align_self="flex-start")
         left = widgets.VBox([*self.controls.values(), self.folder, self.save_button],
                             layout=widgets.Layout(flex="0 1 25em", min_width="21em"))
         for widget in left.children:
@@ -504,15 +505,14 @@ class Brush(Explorer):
             self.bars = [self.histogram.stairs([0.0], [0, 1], color=c, fill=fill, alpha=0.6 if fill else 1, label=label)
                          for c, fill, label in (("#888888", False, "all"), (COLOURS[1], True, "selected"))]
             self.fig.legend(handles=self.bars, loc="outside upper right", ncols=2)
-            self.moving = [self.points, self.marked, *self.bars, self.plane.xaxis.label, self.plane.yaxis.label,
-                           self.histogram.xaxis.label]
+            self.moving = [self.points, self.marked, *self.bars]
             self.plane.set(xlabel="x", ylabel="y")
             self.histogram.set(xlabel="quantity", ylabel="fraction of events per bin")
         try:
             found = [p for p in find_files(self._places, (".csv", ".parquet")) if not p.endswith("history.csv")]
         except DataError:
             found = []
-        sliders = [widgets.FloatRangeSlider(description=f"{k} range", readout_format=".5g") for k in "xy"]
+        sliders = [widgets.FloatRangeSlider(description=f"{k} range", readout=False) for k in "xy"]
         return {"table": widgets.Combobox(value=found[0] if found else "", options=found, description="table",
                                           placeholder="a path, .csv or .parquet", continuous_update=False),
                 "x": widgets.Dropdown(description="x"), "x_range": sliders[0], "y": widgets.Dropdown(description="y"),
@@ -532,7 +532,7 @@ class Brush(Explorer):
         (x0, x1), (y0, y1) = values["x_range"], values["y_range"]
         self.selected = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
         self._show(x, y, q, values)
-        yield self.fig, self._count(values["quantity"])
+        yield self.fig, {"x": f"{x0:.6g} to {x1:.6g}", "y": f"{y0:.6g} to {y1:.6g}"} | self._count(values["quantity"])
 
 # %% ../nbs/80_apps.ipynb #52e19f9e
 @patch

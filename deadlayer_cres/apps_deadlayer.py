@@ -266,7 +266,8 @@ def pair(
     variance = counts.sum(0)
     if measured is not None:
         counts[0], names[0] = measured.counts[0], f"1: measured, {Path(values['measured'] or 'as given').name}"
-        variance = counts.sum(0) if values["noise"] else counts[1]
+        expected = counts[1] * (1 + exposure / emulator.exposure)
+        variance = counts[0] + expected if values["noise"] else expected
     verdict = None
     if network:
         network[1].prep.check_edges(emulator.edges_keV)

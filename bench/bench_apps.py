@@ -55,8 +55,8 @@ def histories(folder: Path) -> RunBrowser:
     "Six runs of fifty epochs."
     for k in range(6):
         run = Run.create(folder / f"runs/{k}", {"prep": {}, "train": {"lr": 10.0**-k, "seed": 0}})
-        run.settle({"best_epoch": None, "best": None, "history": [
-            {"epoch": e, "valid_loss": 10 ** (-e / 20 - k / 9), "train_loss": 0.9 ** e, "seconds": 1.0} for e in range(50)]})
+        rows = [{"epoch": e, "valid_loss": 10 ** (-e / 20 - k / 9), "train_loss": 0.9**e} for e in range(50)]
+        run.settle({"best_epoch": None, "best": None, "history": rows})
     return RunBrowser(folder / "runs")
 
 
@@ -70,7 +70,8 @@ def events(folder: Path) -> Brush:
 
 
 RANGES = {"x_range": [(low, low + 60) for low in np.linspace(18_500, 18_640, 24)],
-          "y_range": [(low, low + 2) for low in np.linspace(-3, 1, 24)], "quantity": ["energy_pull", "energy_residual_eV"]}
+          "y_range": [(low, low + 2) for low in np.linspace(-3, 1, 24)],
+          "quantity": ["energy_pull", "energy_residual_eV"]}
 EXPLORERS: dict[str, tuple[Callable[[Path], Explorer], dict]] = {
     "spectra": (lambda folder: spectrum_explorer(), LAYERS),
     "spectra with network": (lambda folder: spectrum_explorer(run=trained(folder)), LAYERS),

@@ -201,7 +201,8 @@ def test_saved_files_are_there(page, folder):
     fill(page, "spectrum", "save in", "kept")
     part(page, "spectrum").get_by_text("Save figure and values").click()
     assert "kept" in say(page, "spectrum", "saved")
-    assert sorted(p.name for p in (folder / "kept").iterdir()) == ["spectrum-1.csv", "spectrum-1.json", "spectrum-1.png"]
+    names = sorted(p.name for p in (folder / "kept").iterdir())
+    assert names == ["spectrum-1.csv", "spectrum-1.json", "spectrum-1.png"]
 
 
 def test_runs_are_browsed(page):

@@ -63,7 +63,7 @@ class Screen:
         return buffer.getvalue()
 
 # %% ../nbs/80_apps.ipynb #19620210
-def running_cell() -> tuple[str | None, str | None]:  # (cell, run of the cell); None outside of a notebook, or if it does not tell
+def running_cell() -> tuple[str | None, str | None]:  # (cell, run of the cell); None where nobody tells
     "What the front end says about the cell that is running now."
     try:
         from IPython import get_ipython
@@ -178,7 +178,7 @@ def set(
     "Set controls and redraw once."
     unknown = [name for name in values if name not in self.values]
     if unknown:
-        raise ConfigError(f"one of {', '.join(self.values)}", ", ".join(unknown), remedy="name a control of this explorer")
+        raise ConfigError(f"one of {', '.join(self.values)}", ", ".join(unknown), remedy="name a control")
     with self.quietly():
         for name, value in values.items():
             self.controls[name].value = value
@@ -274,7 +274,8 @@ def find_files(
     most: int = 300,  # finds
 ) -> list[str]:
     "Paths of the files below a folder whose names end so, sorted; a `DataError` if it is no folder."
-    found = (os.path.join(at, name) for at, names in _walk(folder, depth) for name in names if name.endswith(tuple(endings)))
+    found = (os.path.join(at, name) for at, names in _walk(folder, depth) for name in names
+             if name.endswith(tuple(endings)))
     return sorted(path for path, _ in zip(found, range(most), strict=False))
 
 def find_runs(folder: str | Path, depth: int = 4, most: int = 300) -> list[str]:
@@ -300,7 +301,8 @@ class RunInfo:
     def __init__(self, path: str | Path):
         from deadlayer_cres.train import Run
 
-        self.path, self.reason, self.config, self.history, self.metrics = Path(path), "", {}, [], {}
+        self.path = path = Path(path)
+        self.reason, self.config, self.history, self.metrics = "", {}, [], {}
         try:
             Run.open(path)
         except (InputError, OSError) as e:
@@ -356,8 +358,9 @@ def metrics_rows(runs: Mapping[str, RunInfo]) -> list[tuple[str, list[str], list
     if judged["dead layer"]:
         table, _ = comparison_table(judged["dead layer"])
         cells = [list(column.cells) for column in table.columns]
+        rows = [list(map(str, row)) for row in zip(*cells, strict=True)]
         tables.append(("Pairs in the right order, by largest difference in FCCD [mm]",
-                       [str(c.header) for c in table.columns], [list(map(str, row)) for row in zip(*cells, strict=True)]))
+                       [str(c.header) for c in table.columns], rows))
     if judged["CRES"]:
         tables.append(("Energy", *comparison_rows(judged["CRES"])))
     return tables
@@ -371,12 +374,14 @@ def table_html(
 ) -> str:
     "A table that scrolls sideways where the page is too narrow."
     cell, edge = "padding:.15em .9em .15em 0;text-align:left;vertical-align:top", "border-bottom:1px solid #8884"
+    first = cell + ";white-space:nowrap"
     marks = [*marked, *[False] * len(rows := list(rows))]
     lines = [f"<tr style='{edge}'>" + "".join(f"<th style='{cell}'>{html.escape(h)}</th>" for h in header) + "</tr>"]
     for row, mark in zip(rows, marks, strict=False):
         colour = ";background:#E69F0033" if mark else ""
         lines.append(f"<tr style='{edge}{colour}'>" + "".join(
-            f"<td style='{cell}'>{html.escape(' '.join(str(c).split()))}</td>" for c in row) + "</tr>")
+            f"<td style='{cell if k + 1 == len(row) else first}'>{html.escape(' '.join(str(c).split()))}</td>"
+            for k, c in enumerate(row)) + "</tr>")
     return (f"<div style='overflow-x:auto;line-height:1.4;margin:.8em 0'><b>{html.escape(title)}</b>"
             f"<table style='border-collapse:collapse'>{''.join(lines)}</table></div>")
 
@@ -407,7 +412,8 @@ class RunBrowser(Explorer):
     def _scan(self, folder: str) -> None:
         runs = read_runs(folder or ".")
         if not runs:
-            raise DataError("runs", "none", folder, remedy="train one: deadlayer demo --out demo, or cres demo --out demo")
+            raise DataError("runs", "none", folder,
+                            remedy="train one: deadlayer demo --out demo, or cres demo --out demo")
         self.runs, self._scanned = runs, folder
         columns = dict.fromkeys(k for r in runs.values() for row in r.history[:1] for k in row if k != "epoch")
         with self.quietly():
@@ -426,7 +432,8 @@ class RunBrowser(Explorer):
         self.tables.value = self._tables(chosen, values["differences"])
         ended = {k: [row[quantity] for row in r.history if quantity in row] for k, r in chosen.items()}
         numbers = {f"{k}, last {quantity}": v[-1] for k, v in ended.items() if v}
-        yield fig, {"runs": f"{len(self.runs)}, of which {sum(not r.reason for r in self.runs.values())} finished"} | numbers
+        finished = sum(not r.reason for r in self.runs.values())
+        yield fig, {"runs": f"{len(self.runs)}, of which {finished} finished"} | numbers
 
 # %% ../nbs/80_apps.ipynb #94145935
 def history_figure(
@@ -453,7 +460,8 @@ def history_figure(
 def _tables(self: RunBrowser, chosen: Mapping[str, RunInfo], differences: bool) -> str:
     "All runs with their state, then metrics and settings of those chosen."
     state = [[k, r.wing, len(r.history), r.reason or "finished"] for k, r in self.runs.items()]
-    parts = [table_html("Runs", ["run", "half", "epochs", "state"], state, [bool(r.reason) for r in self.runs.values()])]
+    wrong = [bool(r.reason) for r in self.runs.values()]
+    parts = [table_html("Runs", ["run", "half", "epochs", "state"], state, wrong)]
     parts += [table_html(*table) for table in metrics_rows(chosen)]
     rows = config_rows(chosen, differences)
     title = "Settings that differ" if differences else "Settings; those that differ are set off"
@@ -512,7 +520,8 @@ class Brush(Explorer):
             found = [p for p in find_files(self._places, (".csv", ".parquet")) if not p.endswith("history.csv")]
         except DataError:
             found = []
-        sliders = [widgets.FloatRangeSlider(description=f"{k} range", readout=False) for k in "xy"]
+        room = {"padding": "0 0.8em 0 0"}  # for the handle at the end
+        sliders = [widgets.FloatRangeSlider(description=f"{k} range", readout=False, layout=room) for k in "xy"]
         return {"table": widgets.Combobox(value=found[0] if found else "", options=found, description="table",
                                           placeholder="a path, .csv or .parquet", continuous_update=False),
                 "x": widgets.Dropdown(description="x"), "x_range": sliders[0], "y": widgets.Dropdown(description="y"),
@@ -523,7 +532,8 @@ class Brush(Explorer):
 
     def draw(self, values):
         if not values["table"]:
-            raise DataError("a table of predictions", "none", self._places, remedy="cres evaluate RUN writes one; choose it")
+            raise DataError("a table of predictions", "none", self._places,
+                            remedy="cres evaluate RUN writes one; choose it")
         if values["table"] != self._path:
             self._open_table(values["table"])
         self._follow_axes()
@@ -580,7 +590,8 @@ def _show(self: Brush, x: np.ndarray, y: np.ndarray, q: np.ndarray, values: Mapp
     for bar, share in zip(self.bars, shares, strict=True):
         bar.set_data(share, edges)
     self.plane.set(xlabel=values["x"], ylabel=values["y"])
-    self.histogram.set(xlabel=values["quantity"], xlim=(edges[0], edges[-1]), ylim=(0, 1.1 * max(s.max() for s in shares) or 1))
+    top = 0.05 * np.ceil(22 * max(s.max() for s in shares)) or 1  # in steps, so that it seldom moves
+    self.histogram.set(xlabel=values["quantity"], xlim=(edges[0], edges[-1]), ylim=(0, top))
 
 @patch
 def _count(self: Brush, quantity: str) -> dict:
@@ -591,7 +602,8 @@ def _count(self: Brush, quantity: str) -> dict:
             v = self.table[name][rows]
             v = v[np.isfinite(v)]
             error = f" ± {v.std(ddof=1) / np.sqrt(len(v)):.2g}" if len(v) > 1 else ""
-            numbers[f"mean {name}, {what}"] = f"{v.mean():.4g}{error}, RMS {np.sqrt((v**2).mean()):.4g}" if len(v) else "-"
+            rms = f", RMS {np.sqrt((v**2).mean()):.4g}" if len(v) else ""
+            numbers[f"mean {name}, {what}"] = f"{v.mean():.4g}{error}{rms}" if len(v) else "-"
     return numbers
 
 # %% ../nbs/80_apps.ipynb #8bee338e

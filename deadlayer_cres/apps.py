@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Screen', 'running_cell', 'without_kernel', 'Explorer', 'numbers_html', 'still', 'find_files', 'find_runs', 'RunInfo',
-           'read_runs', 'flat', 'config_rows', 'metrics_rows', 'table_html', 'RunBrowser', 'history_figure',
-           'with_residuals', 'set_range', 'Brush', 'Browser', 'run_browser']
+           'read_runs', 'flat', 'config_rows', 'metrics_rows', 'table_html', 'RunBrowser', 'with_residuals',
+           'set_range', 'Brush', 'Browser', 'run_browser']
 
 # %% ../nbs/80_apps.ipynb #acdb604e
 import html
@@ -20,13 +20,14 @@ from time import perf_counter
 import ipywidgets as widgets
 import numpy as np
 from fastcore.basics import patch
+from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from .core import ConfigError, DataError, InputError, numpy_rng, write_json
-from .plots import COLOURS, figure, save_png
+from .plots import COLOURS, STYLE, figure, save_png
 
 # %% ../nbs/80_apps.ipynb #3854f323
 class Screen:
@@ -396,6 +397,9 @@ class RunBrowser(Explorer):
         super().__init__(**values)
 
     def make_controls(self):
+        with figure(width=8.5, height=3.2) as (self.fig, self.ax):
+            self.fig.set_layout_engine(None)
+            self.fig.subplots_adjust(0.09, 0.15, 0.7, 0.96)
         self.tables = widgets.HTML()
         again = widgets.Button(description="Look again")
         again.on_click(lambda _: self.look_again())
@@ -427,34 +431,36 @@ class RunBrowser(Explorer):
             self._scan(values["below"])
             values = self.values
         chosen, quantity = {k: self.runs[k] for k in values["runs"]}, values["quantity"]
-        fig = history_figure({k: r.history for k, r in chosen.items()}, quantity)
+        self._curves(chosen, quantity)
         self.below.children = [self.tables]
         self.tables.value = self._tables(chosen, values["differences"])
         ended = {k: [row[quantity] for row in r.history if quantity in row] for k, r in chosen.items()}
         numbers = {f"{k}, last {quantity}": v[-1] for k, v in ended.items() if v}
         finished = sum(not r.reason for r in self.runs.values())
-        yield fig, {"runs": f"{len(self.runs)}, of which {finished} finished"} | numbers
+        yield self.fig, {"runs": f"{len(self.runs)}, of which {finished} finished"} | numbers
 
 # %% ../nbs/80_apps.ipynb #94145935
-def history_figure(
-    histories: Mapping[str, Sequence[Mapping]],  # run -> rows of its history
-    quantity: str | None,  # a column
-) -> Figure:
-    "One column of several histories against epoch; logarithmic where the values span much."
-    rows = {k: [(1 + r["epoch"], r[quantity]) for r in h if quantity in r] for k, h in histories.items()}
-    curves = {k: np.array(r, float) for k, r in rows.items() if r}
-    with figure(width=7.5, height=3.2) as (fig, ax):
+@patch
+def _curves(
+    self: RunBrowser,
+    runs: Mapping[str, RunInfo],
+    quantity: str | None,  # a column of their histories
+) -> None:
+    "Draw one column of the histories against epoch; logarithmic where the values span much."
+    rows = {k: [(1 + r["epoch"], r[quantity]) for r in run.history if quantity in r] for k, run in runs.items()}
+    curves, ax = {k: np.array(r, float) for k, r in rows.items() if r}, self.ax
+    y = np.concatenate([c[:, 1] for c in curves.values()] or [np.ones(1)])
+    y = y[np.isfinite(y)]
+    with rc_context(STYLE):
+        ax.clear()
         for k, (name, curve) in enumerate(curves.items()):
-            ax.plot(*curve.T, ("-", "--", ":", "-.")[k // len(COLOURS) % 4], marker=".", label=name[-32:])
-        y = np.concatenate([c[:, 1] for c in curves.values()] or [np.ones(1)])
-        y = y[np.isfinite(y)]
+            ax.plot(*curve.T, ("-", "--", ":", "-.")[k // len(COLOURS) % 4], marker=".", label=name[-28:])
         ax.set(xlabel="epoch", ylabel=(quantity or "").replace("_", " "))
         if y.size and y.min() > 0 and y.max() > 5 * y.min():
             ax.set_yscale("log")
         ax.xaxis.get_major_locator().set_params(integer=True)
         if curves:
-            fig.legend(loc="outside right upper")
-    return fig
+            ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.03), borderaxespad=0)
 
 @patch
 def _tables(self: RunBrowser, chosen: Mapping[str, RunInfo], differences: bool) -> str:

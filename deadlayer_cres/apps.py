@@ -4,8 +4,8 @@
 
 # %% auto #0
 __all__ = ['Screen', 'running_cell', 'without_kernel', 'Explorer', 'numbers_html', 'still', 'find_files', 'find_runs', 'RunInfo',
-           'read_runs', 'flat', 'config_rows', 'metrics_rows', 'table_html', 'RunBrowser', 'history_figure',
-           'with_residuals', 'set_range', 'Brush', 'Browser', 'run_browser']
+           'read_runs', 'flat', 'config_rows', 'metrics_rows', 'table_html', 'RunBrowser', 'with_residuals',
+           'set_range', 'Brush', 'Browser', 'run_browser']
 
 # %% ../nbs/80_apps.ipynb #acdb604e
 import html
@@ -20,13 +20,14 @@ from time import perf_counter
 import ipywidgets as widgets
 import numpy as np
 from fastcore.basics import patch
+from matplotlib import rc_context
 from matplotlib.artist import Artist
 from matplotlib.backends.backend_agg import FigureCanvasAgg
 from matplotlib.figure import Figure
 from PIL import Image
 
 from .core import ConfigError, DataError, InputError, numpy_rng, write_json
-from .plots import COLOURS, figure, save_png
+from .plots import COLOURS, STYLE, figure, save_png
 
 # %% ../nbs/80_apps.ipynb #3854f323
 class Screen:
@@ -48,7 +49,8 @@ class Screen:
     ) -> bytes:
         "The figure as a PNG."
         size = self.fig.bbox.bounds
-        state = [size, [(ax.get_visible(), ax.get_yscale(), *ax.viewLim.bounds) for ax in self.fig.axes], list(moving)]
+        state = [size, list(moving), [(ax.get_visible(), ax.get_yscale(), ax.get_xlabel(), ax.get_ylabel(),
+                                       *ax.viewLim.bounds) for ax in self.fig.axes]]
         if not moving or state != self._state:
             for artist in moving:
                 artist.set_animated(True)
@@ -62,7 +64,7 @@ class Screen:
         return buffer.getvalue()
 
 # %% ../nbs/80_apps.ipynb #19620210
-def running_cell() -> tuple[str | None, str | None]:  # (cell, run of the cell); None outside of a notebook, or if it does not tell
+def running_cell() -> tuple[str | None, str | None]:  # (cell, run of the cell); None where nobody tells
     "What the front end says about the cell that is running now."
     try:
         from IPython import get_ipython
@@ -113,7 +115,7 @@ class Explorer(widgets.VBox):
 
     def _arranged(self) -> widgets.Widget:
         "Controls beside the figure, or above it where the page is narrow."
-        self.image.layout = widgets.Layout(max_width="100%", height="auto", object_fit="contain")
+        self.image.layout = widgets.Layout(max_width="100%", height="auto", align_self="flex-start")
         left = widgets.VBox([*self.controls.values(), self.folder, self.save_button],
                             layout=widgets.Layout(flex="0 1 25em", min_width="21em"))
         for widget in left.children:
@@ -177,7 +179,7 @@ def set(
     "Set controls and redraw once."
     unknown = [name for name in values if name not in self.values]
     if unknown:
-        raise ConfigError(f"one of {', '.join(self.values)}", ", ".join(unknown), remedy="name a control of this explorer")
+        raise ConfigError(f"one of {', '.join(self.values)}", ", ".join(unknown), remedy="name a control")
     with self.quietly():
         for name, value in values.items():
             self.controls[name].value = value
@@ -273,7 +275,8 @@ def find_files(
     most: int = 300,  # finds
 ) -> list[str]:
     "Paths of the files below a folder whose names end so, sorted; a `DataError` if it is no folder."
-    found = (os.path.join(at, name) for at, names in _walk(folder, depth) for name in names if name.endswith(tuple(endings)))
+    found = (os.path.join(at, name) for at, names in _walk(folder, depth) for name in names
+             if name.endswith(tuple(endings)))
     return sorted(path for path, _ in zip(found, range(most), strict=False))
 
 def find_runs(folder: str | Path, depth: int = 4, most: int = 300) -> list[str]:
@@ -299,7 +302,8 @@ class RunInfo:
     def __init__(self, path: str | Path):
         from deadlayer_cres.train import Run
 
-        self.path, self.reason, self.config, self.history, self.metrics = Path(path), "", {}, [], {}
+        self.path = path = Path(path)
+        self.reason, self.config, self.history, self.metrics = "", {}, [], {}
         try:
             Run.open(path)
         except (InputError, OSError) as e:
@@ -355,8 +359,9 @@ def metrics_rows(runs: Mapping[str, RunInfo]) -> list[tuple[str, list[str], list
     if judged["dead layer"]:
         table, _ = comparison_table(judged["dead layer"])
         cells = [list(column.cells) for column in table.columns]
+        rows = [list(map(str, row)) for row in zip(*cells, strict=True)]
         tables.append(("Pairs in the right order, by largest difference in FCCD [mm]",
-                       [str(c.header) for c in table.columns], [list(map(str, row)) for row in zip(*cells, strict=True)]))
+                       [str(c.header) for c in table.columns], rows))
     if judged["CRES"]:
         tables.append(("Energy", *comparison_rows(judged["CRES"])))
     return tables
@@ -370,12 +375,14 @@ def table_html(
 ) -> str:
     "A table that scrolls sideways where the page is too narrow."
     cell, edge = "padding:.15em .9em .15em 0;text-align:left;vertical-align:top", "border-bottom:1px solid #8884"
+    first = cell + ";white-space:nowrap"
     marks = [*marked, *[False] * len(rows := list(rows))]
     lines = [f"<tr style='{edge}'>" + "".join(f"<th style='{cell}'>{html.escape(h)}</th>" for h in header) + "</tr>"]
     for row, mark in zip(rows, marks, strict=False):
         colour = ";background:#E69F0033" if mark else ""
         lines.append(f"<tr style='{edge}{colour}'>" + "".join(
-            f"<td style='{cell}'>{html.escape(' '.join(str(c).split()))}</td>" for c in row) + "</tr>")
+            f"<td style='{cell if k + 1 == len(row) else first}'>{html.escape(' '.join(str(c).split()))}</td>"
+            for k, c in enumerate(row)) + "</tr>")
     return (f"<div style='overflow-x:auto;line-height:1.4;margin:.8em 0'><b>{html.escape(title)}</b>"
             f"<table style='border-collapse:collapse'>{''.join(lines)}</table></div>")
 
@@ -390,6 +397,9 @@ class RunBrowser(Explorer):
         super().__init__(**values)
 
     def make_controls(self):
+        with figure(width=8.5, height=3.2) as (self.fig, self.ax):
+            self.fig.set_layout_engine(None)
+            self.fig.subplots_adjust(0.09, 0.15, 0.7, 0.96)
         self.tables = widgets.HTML()
         again = widgets.Button(description="Look again")
         again.on_click(lambda _: self.look_again())
@@ -406,7 +416,8 @@ class RunBrowser(Explorer):
     def _scan(self, folder: str) -> None:
         runs = read_runs(folder or ".")
         if not runs:
-            raise DataError("runs", "none", folder, remedy="train one: deadlayer demo --out demo, or cres demo --out demo")
+            raise DataError("runs", "none", folder,
+                            remedy="train one: deadlayer demo --out demo, or cres demo --out demo")
         self.runs, self._scanned = runs, folder
         columns = dict.fromkeys(k for r in runs.values() for row in r.history[:1] for k in row if k != "epoch")
         with self.quietly():
@@ -420,39 +431,43 @@ class RunBrowser(Explorer):
             self._scan(values["below"])
             values = self.values
         chosen, quantity = {k: self.runs[k] for k in values["runs"]}, values["quantity"]
-        fig = history_figure({k: r.history for k, r in chosen.items()}, quantity)
+        self._curves(chosen, quantity)
         self.below.children = [self.tables]
         self.tables.value = self._tables(chosen, values["differences"])
         ended = {k: [row[quantity] for row in r.history if quantity in row] for k, r in chosen.items()}
         numbers = {f"{k}, last {quantity}": v[-1] for k, v in ended.items() if v}
-        yield fig, {"runs": f"{len(self.runs)}, of which {sum(not r.reason for r in self.runs.values())} finished"} | numbers
+        finished = sum(not r.reason for r in self.runs.values())
+        yield self.fig, {"runs": f"{len(self.runs)}, of which {finished} finished"} | numbers
 
 # %% ../nbs/80_apps.ipynb #94145935
-def history_figure(
-    histories: Mapping[str, Sequence[Mapping]],  # run -> rows of its history
-    quantity: str | None,  # a column
-) -> Figure:
-    "One column of several histories against epoch; logarithmic where the values span much."
-    rows = {k: [(1 + r["epoch"], r[quantity]) for r in h if quantity in r] for k, h in histories.items()}
-    curves = {k: np.array(r, float) for k, r in rows.items() if r}
-    with figure(width=7.5, height=3.2) as (fig, ax):
+@patch
+def _curves(
+    self: RunBrowser,
+    runs: Mapping[str, RunInfo],
+    quantity: str | None,  # a column of their histories
+) -> None:
+    "Draw one column of the histories against epoch; logarithmic where the values span much."
+    rows = {k: [(1 + r["epoch"], r[quantity]) for r in run.history if quantity in r] for k, run in runs.items()}
+    curves, ax = {k: np.array(r, float) for k, r in rows.items() if r}, self.ax
+    y = np.concatenate([c[:, 1] for c in curves.values()] or [np.ones(1)])
+    y = y[np.isfinite(y)]
+    with rc_context(STYLE):
+        ax.clear()
         for k, (name, curve) in enumerate(curves.items()):
-            ax.plot(*curve.T, ("-", "--", ":", "-.")[k // len(COLOURS) % 4], marker=".", label=name[-32:])
-        y = np.concatenate([c[:, 1] for c in curves.values()] or [np.ones(1)])
-        y = y[np.isfinite(y)]
+            ax.plot(*curve.T, ("-", "--", ":", "-.")[k // len(COLOURS) % 4], marker=".", label=name[-28:])
         ax.set(xlabel="epoch", ylabel=(quantity or "").replace("_", " "))
         if y.size and y.min() > 0 and y.max() > 5 * y.min():
             ax.set_yscale("log")
         ax.xaxis.get_major_locator().set_params(integer=True)
         if curves:
-            fig.legend(loc="outside right upper")
-    return fig
+            ax.legend(loc="upper left", bbox_to_anchor=(1.01, 1.03), borderaxespad=0)
 
 @patch
 def _tables(self: RunBrowser, chosen: Mapping[str, RunInfo], differences: bool) -> str:
     "All runs with their state, then metrics and settings of those chosen."
     state = [[k, r.wing, len(r.history), r.reason or "finished"] for k, r in self.runs.items()]
-    parts = [table_html("Runs", ["run", "half", "epochs", "state"], state, [bool(r.reason) for r in self.runs.values()])]
+    wrong = [bool(r.reason) for r in self.runs.values()]
+    parts = [table_html("Runs", ["run", "half", "epochs", "state"], state, wrong)]
     parts += [table_html(*table) for table in metrics_rows(chosen)]
     rows = config_rows(chosen, differences)
     title = "Settings that differ" if differences else "Settings; those that differ are set off"
@@ -504,15 +519,15 @@ class Brush(Explorer):
             self.bars = [self.histogram.stairs([0.0], [0, 1], color=c, fill=fill, alpha=0.6 if fill else 1, label=label)
                          for c, fill, label in (("#888888", False, "all"), (COLOURS[1], True, "selected"))]
             self.fig.legend(handles=self.bars, loc="outside upper right", ncols=2)
-            self.moving = [self.points, self.marked, *self.bars, self.plane.xaxis.label, self.plane.yaxis.label,
-                           self.histogram.xaxis.label]
+            self.moving = [self.points, self.marked, *self.bars]
             self.plane.set(xlabel="x", ylabel="y")
             self.histogram.set(xlabel="quantity", ylabel="fraction of events per bin")
         try:
             found = [p for p in find_files(self._places, (".csv", ".parquet")) if not p.endswith("history.csv")]
         except DataError:
             found = []
-        sliders = [widgets.FloatRangeSlider(description=f"{k} range", readout_format=".5g") for k in "xy"]
+        room = {"padding": "0 0.8em 0 0"}  # for the handle at the end
+        sliders = [widgets.FloatRangeSlider(description=f"{k} range", readout=False, layout=room) for k in "xy"]
         return {"table": widgets.Combobox(value=found[0] if found else "", options=found, description="table",
                                           placeholder="a path, .csv or .parquet", continuous_update=False),
                 "x": widgets.Dropdown(description="x"), "x_range": sliders[0], "y": widgets.Dropdown(description="y"),
@@ -523,7 +538,8 @@ class Brush(Explorer):
 
     def draw(self, values):
         if not values["table"]:
-            raise DataError("a table of predictions", "none", self._places, remedy="cres evaluate RUN writes one; choose it")
+            raise DataError("a table of predictions", "none", self._places,
+                            remedy="cres evaluate RUN writes one; choose it")
         if values["table"] != self._path:
             self._open_table(values["table"])
         self._follow_axes()
@@ -532,7 +548,7 @@ class Brush(Explorer):
         (x0, x1), (y0, y1) = values["x_range"], values["y_range"]
         self.selected = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
         self._show(x, y, q, values)
-        yield self.fig, self._count(values["quantity"])
+        yield self.fig, {"x": f"{x0:.6g} to {x1:.6g}", "y": f"{y0:.6g} to {y1:.6g}"} | self._count(values["quantity"])
 
 # %% ../nbs/80_apps.ipynb #52e19f9e
 @patch
@@ -580,7 +596,8 @@ def _show(self: Brush, x: np.ndarray, y: np.ndarray, q: np.ndarray, values: Mapp
     for bar, share in zip(self.bars, shares, strict=True):
         bar.set_data(share, edges)
     self.plane.set(xlabel=values["x"], ylabel=values["y"])
-    self.histogram.set(xlabel=values["quantity"], xlim=(edges[0], edges[-1]), ylim=(0, 1.1 * max(s.max() for s in shares) or 1))
+    top = 0.05 * np.ceil(22 * max(s.max() for s in shares)) or 1  # in steps, so that it seldom moves
+    self.histogram.set(xlabel=values["quantity"], xlim=(edges[0], edges[-1]), ylim=(0, top))
 
 @patch
 def _count(self: Brush, quantity: str) -> dict:
@@ -591,7 +608,8 @@ def _count(self: Brush, quantity: str) -> dict:
             v = self.table[name][rows]
             v = v[np.isfinite(v)]
             error = f" ± {v.std(ddof=1) / np.sqrt(len(v)):.2g}" if len(v) > 1 else ""
-            numbers[f"mean {name}, {what}"] = f"{v.mean():.4g}{error}, RMS {np.sqrt((v**2).mean()):.4g}" if len(v) else "-"
+            rms = f", RMS {np.sqrt((v**2).mean()):.4g}" if len(v) else ""
+            numbers[f"mean {name}, {what}"] = f"{v.mean():.4g}{error}{rms}" if len(v) else "-"
     return numbers
 
 # %% ../nbs/80_apps.ipynb #8bee338e

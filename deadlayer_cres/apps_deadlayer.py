@@ -153,7 +153,7 @@ class SpectrumExplorer(Explorer):
         return self.table
 
 # %% ../nbs/81_apps_deadlayer.ipynb #437a8687
-SHADES = ListedColormap(colormaps["Oranges"](np.linspace(0, 0.6, 64)))
+SHADES = ListedColormap(colormaps["Oranges"](np.linspace(0, 0.5, 64)))
 "Colours of the attention, light enough to see the spectra before them."
 
 @patch
@@ -172,8 +172,9 @@ def _make_figure(self: SpectrumExplorer) -> None:
             ax.set_ylabel(label)
             ax.yaxis.set_label_coords(-0.075, 0.5)
         top.set(yscale="log", xlim=ENERGY_KEV)
-        self.shade, self.legend = None, top.legend(self.curves, ["spectrum 1", "spectrum 2"], loc="upper right", ncols=2,
-                                                   frameon=True, framealpha=0.85, edgecolor="none")
+        self.shade = None
+        self.legend = top.legend(self.curves, ["spectrum 1", "spectrum 2"], loc="upper right", ncols=2, frameon=True,
+                                 framealpha=0.85, edgecolor="none")
         mark_lines(top, BA133_MARKS)
         for ax in (middle, bottom):
             mark_lines(ax, dict.fromkeys(BA133_MARKS, ""))
@@ -242,7 +243,7 @@ class Pair(NamedTuple):
     edges_keV: np.ndarray  # (bins + 1,)
     counts: np.ndarray  # (2, bins)
     names: tuple[str, str]
-    exposure: float
+    measured: bool  # whether the first is
     pull: np.ndarray  # (bins,)
     verdict: Verdict | None
     notes: dict  # further rows for the table
@@ -266,19 +267,22 @@ def pair(
     variance = counts.sum(0)
     if measured is not None:
         counts[0], names[0] = measured.counts[0], f"1: measured, {Path(values['measured'] or 'as given').name}"
-        variance = counts.sum(0) if values["noise"] else counts[1]
+        expected = counts[1] * (1 + exposure / emulator.exposure)
+        variance = counts[0] + expected if values["noise"] else expected
     verdict = None
     if network:
         network[1].prep.check_edges(emulator.edges_keV)
         verdict = ask_pair(network[1], *(counts / exposure))
     pull = (counts[0] - counts[1]) / np.sqrt(np.maximum(variance, 1))
-    return Pair(emulator.edges_keV, counts, tuple(names), exposure, pull, verdict, self._notes(values, network, origin))
+    notes = self._notes(values, network, origin)
+    return Pair(emulator.edges_keV, counts, tuple(names), measured is not None, pull, verdict, notes)
 
 @patch
 def _notes(self: SpectrumExplorer, values: dict, network, origin: str) -> dict:
     "What a reader has to know of simulation and network."
     if network is None:
-        return {"simulation": origin, "network": "none chosen. Train one: deadlayer demo --out demo; then choose demo/run"}
+        how = "none chosen; train one: deadlayer demo --out demo, and choose demo/run"
+        return {"simulation": origin, "network": how}
     notes = {"simulation": origin}
     if values["exposure"] != 1 and not values["measured"]:
         notes["note"] = "the network was trained at exposure 1"
@@ -299,10 +303,10 @@ def draw(self: SpectrumExplorer, values):
     for text, name in zip(self.legend.get_texts(), p.names, strict=True):
         text.set_text(name)
     self._shade_attention(p)
-    self.controls["exposure"].disabled = self.controls["fccd1"].disabled = self.controls["dlf1"].disabled = \
-        p.names[0].startswith("1: measured")
-    self.table = {"low_keV": p.edges_keV[:-1], "high_keV": p.edges_keV[1:], "counts1": p.counts[0], "counts2": p.counts[1],
-                  "pull": p.pull} | ({"attention": p.verdict.attention} if p.verdict else {})
+    for name in ("fccd1", "dlf1", "exposure"):
+        self.controls[name].disabled = p.measured
+    self.table = {"low_keV": p.edges_keV[:-1], "high_keV": p.edges_keV[1:], "counts1": p.counts[0],
+                  "counts2": p.counts[1], "pull": p.pull} | ({"attention": p.verdict.attention} if p.verdict else {})
     worst = int(np.argmax(np.abs(p.pull)))
     numbers = {"counts 1, 2": f"{p.counts[0].sum():,.0f}, {p.counts[1].sum():,.0f}",
                "χ² / bins": f"{(p.pull**2).sum():,.1f} / {len(p.pull)}",
@@ -313,7 +317,8 @@ def draw(self: SpectrumExplorer, values):
 def _limit(self: SpectrumExplorer, p: Pair) -> None:
     "Limits of the axes; they stay while the spectra fill a fair part of them."
     ceiling = 10 ** np.ceil(np.log10(2 * max(p.counts.max(), 1.0)))
-    if self._limits and self._limits[0] == len(p.edges_keV) and ceiling <= self._limits[1] <= 100 * ceiling:
+    kind = p.measured, len(p.edges_keV)
+    if self._limits and self._limits[0] == kind and ceiling <= self._limits[1] <= 100 * ceiling:
         return
     top, middle, bottom = self.axes
     floor = max(1e-6 * ceiling, 0.3)
@@ -329,12 +334,13 @@ def _limit(self: SpectrumExplorer, p: Pair) -> None:
         ax.set_yticks(ticks, [power(t) for t in ticks])
         ax.set_yticks([], minor=True)
         ax.set_ylim(-reach, reach)
-    self._limits = len(p.edges_keV), ceiling
+    self._limits = kind, ceiling
 
 def power(x: float) -> str:
     "A power of ten for an axis; as plain text it is drawn faster than as a formula."
     exponent = round(np.log10(abs(x))) if x else 0
-    text = f"{abs(x):g}" if abs(exponent) < 3 else "10" + str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    raised = str(exponent).translate(str.maketrans("-0123456789", "⁻⁰¹²³⁴⁵⁶⁷⁸⁹"))
+    text = f"{abs(x):g}" if abs(exponent) < 3 else f"10{raised}"
     return f"−{text}" if x < 0 else text
 
 @patch
@@ -359,7 +365,7 @@ def _shade_attention(self: SpectrumExplorer, p: Pair) -> None:
 
 # %% ../nbs/81_apps_deadlayer.ipynb #8d9a9684
 def spectrum_explorer(
-    spectra: Spectra | str | os.PathLike | None = None,  # simulated, or where they are; None: a small built-in simulation
+    spectra: Spectra | str | os.PathLike | None = None,  # simulated, or where they are; None: a built-in simulation
     run: str | os.PathLike | None = None,  # run folder of a trained network
     measured: Spectra | str | os.PathLike | None = None,  # one spectrum, takes the place of spectrum 1
 ) -> SpectrumExplorer:

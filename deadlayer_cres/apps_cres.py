@@ -9,7 +9,7 @@ __all__ = ['FINE', 'TARGETS', 'VISIBLE', 'MAPS', 'METHODS', 'LENGTHS', 'WIDE', '
            'SpectrumPanel', 'TimeFrequency', 'OrbitPanel', 'ellipse', 'is_narrow', 'Plane', 'EventFigure',
            'CresExplorer', 'estimate', 'signal_numbers', 'cres_explorer']
 
-# %% ../nbs/82_apps_cres.ipynb #6fa7bdb1
+# %% ../nbs/82_apps_cres.ipynb #a66c0e51
 import copy
 import math
 import os
@@ -42,7 +42,7 @@ from .cres.simulate import SimulateConfig, Simulator, waveforms
 from .cres.trap import Comb, Orbit, comb, orbit
 from .plots import COLOURS, STYLE
 
-# %% ../nbs/82_apps_cres.ipynb #98852daf
+# %% ../nbs/82_apps_cres.ipynb #fe66407d
 class QuickFigure(Figure):
     "A figure of fixed cells; on the screen, axes are drawn once and what is `moving` each time."
 
@@ -89,7 +89,7 @@ class QuickFigure(Figure):
             else:
                 Image.fromarray(self.pixels()).save(fname, "png", **(pil_kwargs or {}))
 
-# %% ../nbs/82_apps_cres.ipynb #b4ff0498
+# %% ../nbs/82_apps_cres.ipynb #03861eef
 def _looks(ax) -> tuple:
     "What the frame, ticks and texts of axes depend on."
     legend = ax.get_legend()
@@ -119,7 +119,7 @@ def _pixels(self: QuickFigure) -> np.ndarray:  # (height, width, 3) uint8
 
 QuickFigure.pixels = _pixels
 
-# %% ../nbs/82_apps_cres.ipynb #3b331cb8
+# %% ../nbs/82_apps_cres.ipynb #ed1df7a8
 @contextmanager
 def one_thread() -> Iterator[None]:
     "Calculate in one thread: faster for a single event."
@@ -164,7 +164,7 @@ class Setup:
             self._ridges[samples, sigma_V] = Ridge(self.at(samples, sigma_V), FINE, self._table)
         return self._ridges[samples, sigma_V]
 
-# %% ../nbs/82_apps_cres.ipynb #472a143c
+# %% ../nbs/82_apps_cres.ipynb #579aa278
 class Electron(NamedTuple):
     "An electron, its comb and its orbit."
 
@@ -192,7 +192,7 @@ def electron(
                           f"{1e3 * radius_m:g} mm", row="pitch angle", remedy="raise it")
     return Electron(*p, made, orbit(setup.trap, *([v] for v in p[:3]), nodes=48))
 
-# %% ../nbs/82_apps_cres.ipynb #b8087191
+# %% ../nbs/82_apps_cres.ipynb #af74449e
 class Record(NamedTuple):
     "What the antenna gave, and what is known about it."
 
@@ -227,7 +227,7 @@ def simulated(
     truth = {"energy_eV": e.energy_eV, "pitch_angle_deg": e.pitch_angle_deg}
     return Record(ts, clean, sigma, r.sampling_rate_Hz, r.lo_frequency_Hz, truth)
 
-# %% ../nbs/82_apps_cres.ipynb #c371563b
+# %% ../nbs/82_apps_cres.ipynb #95359e39
 class EventFile:
     "Events of a store, HDF5, pickle or egg file, one at a time; a long record without labels is cut into several."
 
@@ -277,7 +277,7 @@ def from_file(
     truth = {k: labels[k] for k in ("energy_eV", "pitch_angle_deg") if k in labels}
     return Record(ts, clean, level, file.events.sampling_rate_Hz, file.events.lo_frequency_Hz, truth), labels
 
-# %% ../nbs/82_apps_cres.ipynb #9ad4e372
+# %% ../nbs/82_apps_cres.ipynb #c51cc4aa
 def limit_covariance(
     f: Fisher,  # of one electron
 ) -> np.ndarray:  # (2, 2) of energy in eV and pitch angle in degrees
@@ -309,7 +309,7 @@ def nice(x: float) -> float:
     ten = 10.0 ** math.floor(math.log10(max(x, 1e-30)))
     return ten * next(k for k in (1, 2, 5, 10) if k * ten >= x * (1 - 1e-9))
 
-# %% ../nbs/82_apps_cres.ipynb #9691e900
+# %% ../nbs/82_apps_cres.ipynb #5a290fbb
 class Answer(NamedTuple):
     "What a network says about one event."
 
@@ -346,7 +346,7 @@ def network_answer(
         doubts.append(f"of the first {samples:,} samples")
     return Answer(mean, sigma, found, weight, ", ".join(doubts))
 
-# %% ../nbs/82_apps_cres.ipynb #b7ff5465
+# %% ../nbs/82_apps_cres.ipynb #45275bc7
 def found_below(
     folder: str | os.PathLike = ".",
     depth: int = 4,  # folders below each other
@@ -372,7 +372,7 @@ def found_below(
             folders.clear()
     return tuple([os.fspath(p.relative_to(root)) for p in found] for found in (runs, files))
 
-# %% ../nbs/82_apps_cres.ipynb #c7684749
+# %% ../nbs/82_apps_cres.ipynb #130543a4
 def volts(peak_V: float) -> tuple[float, str]:
     "A factor and a unit for voltages of this size."
     return next(((f, u) for f, u in ((1e3, "mV"), (1e6, "µV")) if peak_V * f > 0.05), (1e9, "nV"))
@@ -405,7 +405,7 @@ class Waveform:
         top = nice(unit * peak)
         self.ax.set(ylim=(-top, top), ylabel=f"voltage [{name}]")
 
-# %% ../nbs/82_apps_cres.ipynb #9f55f157
+# %% ../nbs/82_apps_cres.ipynb #6ed7c326
 def outline(
     x: np.ndarray,  # (n,) ascending
     y: np.ndarray,  # (n,)
@@ -417,7 +417,7 @@ def outline(
         return x, y
     n = len(x) // k * k
     parts = y[:n].reshape(-1, k)
-    return x[:n:k].repeat(2), np.stack([parts.min(1), parts.max(1)], 1).ravel()
+    return x[k // 2:n:k].repeat(2), np.stack([parts.min(1), parts.max(1)], 1).ravel()
 
 VISIBLE = 10.0
 "Power, over that of the noise in a bin, from which on a line is visible; noise has it in one of 22,000 bins."
@@ -431,7 +431,7 @@ def visible_lines(setup: Setup, e: Electron, record: Record) -> np.ndarray:  # (
     floor = max(VISIBLE * record.noise_power, 1e-6 * setup.config.receiver.amplitude_V**2)
     return line_powers(setup, e) > floor
 
-# %% ../nbs/82_apps_cres.ipynb #ebf746a0
+# %% ../nbs/82_apps_cres.ipynb #8c19a3be
 class SpectrumPanel:
     "Power spectrum of the record, the lines of the comb with their orders, and the level of the noise."
 
@@ -487,7 +487,7 @@ class SpectrumPanel:
                 text.set(position=(f[k], 1.9 * unit**2 * power[k]), text=name, visible=True)
                 marked.append(f[k])
 
-# %% ../nbs/82_apps_cres.ipynb #0a665e9c
+# %% ../nbs/82_apps_cres.ipynb #2d80d7b6
 MAPS = ("spectrogram", "Q-transform")
 
 class TimeFrequency:
@@ -531,7 +531,7 @@ class TimeFrequency:
         self.ax.set(xlim=(0, end), ylim=(low, high))
         self.ax.set_title(f"{kind} [dB]", loc="left", fontsize=STYLE["axes.titlesize"])
 
-# %% ../nbs/82_apps_cres.ipynb #cfa6aba5
+# %% ../nbs/82_apps_cres.ipynb #485fbd21
 class OrbitPanel:
     "The field along the trap, and the path of the electron in it."
 
@@ -575,7 +575,7 @@ class OrbitPanel:
             self.paths[k].set_data(100 * z, y)
             self.turns[k].set_data(100 * z[ends], y[ends])
 
-# %% ../nbs/82_apps_cres.ipynb #65bdb6f6
+# %% ../nbs/82_apps_cres.ipynb #12973691
 METHODS = {"truth": COLOURS[6], "network": COLOURS[1], "posterior": COLOURS[0], "limit": COLOURS[2]}
 
 def ellipse(
@@ -644,7 +644,7 @@ class Plane:
         line.set_data(*xy)
         line.set_visible(True)
 
-# %% ../nbs/82_apps_cres.ipynb #8d2f12fd
+# %% ../nbs/82_apps_cres.ipynb #122e3d08
 class EventFigure:
     "The figure of the explorer."
 
@@ -676,7 +676,7 @@ class EventFigure:
         for plane in (self.plane, self.close_up):
             plane.show(**known)
 
-# %% ../nbs/82_apps_cres.ipynb #2101a3e0
+# %% ../nbs/82_apps_cres.ipynb #809e7dd0
 def _legend(
     self: EventFigure,
     names: Sequence[str],  # of methods
@@ -716,7 +716,7 @@ def _zoom(self: EventFigure, truth=None, network=None, posterior=None, limit=Non
 
 EventFigure.legend, EventFigure._zoom = _legend, _zoom
 
-# %% ../nbs/82_apps_cres.ipynb #c4037e02
+# %% ../nbs/82_apps_cres.ipynb #437c648a
 LENGTHS = (2048, 4096, 8192, 16_384, 24_576)
 WIDE = {"style": {"description_width": "7em"}, "layout": {"width": "24em"}}
 
@@ -763,7 +763,7 @@ class CresExplorer(Explorer):
             "event": widgets.BoundedIntText(value=0, min=0, max=2**31, description="event", **WIDE),
         }
 
-# %% ../nbs/82_apps_cres.ipynb #38903a38
+# %% ../nbs/82_apps_cres.ipynb #2bcc4180
 def _event(self: CresExplorer, v: dict) -> tuple[Record, Electron | None]:
     "The record and the electron that the controls ask for."
     make = lambda v: electron(  # noqa: E731
@@ -808,7 +808,7 @@ def _close_file(self: CresExplorer) -> None:
 
 CresExplorer._event, CresExplorer._to_labels, CresExplorer._close_file = _event, _to_labels, _close_file
 
-# %% ../nbs/82_apps_cres.ipynb #97a9c63f
+# %% ../nbs/82_apps_cres.ipynb #078c30b4
 def _draw(self: CresExplorer, values: dict) -> Iterator[tuple[Figure, dict]]:
     "Record and orbit, network, posterior and limit."
     path, trouble = values["run"].strip(), None
@@ -853,7 +853,7 @@ def _ask_network(self: CresExplorer, path: str, record: Record, known: dict) -> 
 
 CresExplorer.draw, CresExplorer._ask_network = _draw, _ask_network
 
-# %% ../nbs/82_apps_cres.ipynb #a6d587f5
+# %% ../nbs/82_apps_cres.ipynb #0d1cad3c
 def estimate(mean: Sequence[float], sigma: Sequence[float]) -> str:
     "Energy and pitch angle with standard deviations, as text; to two digits of the latter."
     digits = [2 if not s > 0 else max(0, 1 - math.floor(math.log10(s))) for s in sigma]
@@ -909,7 +909,7 @@ def signal_numbers(setup: Setup, record: Record, e: Electron | None) -> dict:
         "signal-to-noise ratio": snr, "visible side lines": int((seen & ~main).sum()),
     }
 
-# %% ../nbs/82_apps_cres.ipynb #76f33861
+# %% ../nbs/82_apps_cres.ipynb #fbae4ef7
 def _close(self: CresExplorer) -> None:
     "Take it off the page and close its file."
     self._close_file()

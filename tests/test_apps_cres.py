@@ -16,7 +16,9 @@ from deadlayer_cres import apps_cres as apps
 from deadlayer_cres.apps import Explorer
 from deadlayer_cres.core import ConfigError, DataError
 from deadlayer_cres.cres.data import Events, shared_data, write_store
+from deadlayer_cres.cres.evaluate import reconstruct
 from deadlayer_cres.cres.fit import Ridge, RidgeConfig, fisher
+from deadlayer_cres.cres.infer import Trained
 from deadlayer_cres.cres.model import EncoderConfig, ModelConfig
 from deadlayer_cres.cres.prep import PrepConfig
 from deadlayer_cres.cres.simulate import ReceiverConfig, SimulateConfig, simulate_events
@@ -41,6 +43,11 @@ def explorer():
     x.close()
 
 
+@pytest.fixture(scope="module")
+def setup(explorer):
+    return explorer.setup
+
+
 @pytest.fixture
 def fresh(explorer):
     "The explorer at its first values."
@@ -60,8 +67,9 @@ def picture(explorer) -> np.ndarray:
     return np.asarray(Image.open(io.BytesIO(explorer.image.value)))
 
 
-def stages(explorer) -> list[tuple[bytes, dict]]:
-    return [(fig.pixels().tobytes(), numbers) for fig, numbers in explorer.draw(explorer.values)]
+def first_stage(explorer) -> tuple[bytes, dict]:
+    fig, numbers = next(explorer.draw(explorer.values))
+    return fig.pixels().tobytes(), numbers
 
 
 # --- the figure ---
@@ -69,18 +77,19 @@ def stages(explorer) -> list[tuple[bytes, dict]]:
 
 @pytest.mark.parametrize("name", MOVES)
 def test_each_control_moves_the_picture_in_the_first_stage(fresh, name):
-    before = stages(fresh)[0]
-    assert stages(fresh)[0] == before
+    before = first_stage(fresh)
+    assert first_stage(fresh) == before
     fresh.controls[name].value = MOVES[name]
-    after = stages(fresh)[0]
+    after = first_stage(fresh)
     assert not fresh.message.value and after[0] != before[0]
-    assert (after[1] != before[1]) == (name in ("energy_eV", "pitch_angle_deg", "radius_mm", "noise", "samples"))
+    changed = any(after[1][k] != (v if isinstance(v, str) else pytest.approx(v)) for k, v in before[1].items())
+    assert changed == (name in ("energy_eV", "pitch_angle_deg", "radius_mm", "noise", "samples"))
 
 
 def test_a_figure_that_was_moved_is_the_figure_made_there(fresh):
     there = FIRST | MOVES
-    for name, value in MOVES.items():
-        fresh.controls[name].value = value
+    fresh.set(**dict(list(MOVES.items())[:5]))
+    fresh.set(**dict(list(MOVES.items())[5:]))
     other = apps.cres_explorer(config=SHORT, **there)
     assert np.array_equal(picture(fresh), picture(other))
     assert fresh.numbers == other.numbers
@@ -137,8 +146,7 @@ def test_a_truth_outside_of_the_prior_is_said(fresh):
     assert "outside of its prior" in fresh.numbers["exact posterior"]
 
 
-def test_posterior_and_limit_are_those_of_the_fit(fresh):
-    setup = fresh.setup
+def test_posterior_and_limit_are_those_of_the_fit(fresh, setup):
     e = apps.electron(setup, 18_600.0, 89.0, 3e-3)
     record = apps.simulated(setup, e, 2048)
     p = Ridge(SHORT, RidgeConfig(step=0.5))(record.ts)
@@ -152,8 +160,7 @@ def test_posterior_and_limit_are_those_of_the_fit(fresh):
     assert np.allclose((away * apps.ellipse(np.zeros(2), covariance)).sum(0), 1)
 
 
-def test_noise_is_that_of_its_number_and_scale():
-    setup = apps.Setup(SHORT)
+def test_noise_is_that_of_its_number_and_scale(setup):
     e = apps.electron(setup, 18_600.0, 89.0, 3e-3)
     one, half, other = (apps.simulated(setup, e, 2048, *a) for a in ((1.0, 4), (0.5, 4), (1.0, 5)))
     assert torch.allclose(one.ts - one.clean, 2 * (half.ts - half.clean), atol=1e-6) and half.sigma_V == one.sigma_V / 2
@@ -205,7 +212,8 @@ def test_the_sliders_go_to_the_labels_of_an_event(fresh, events, tmp_path):
                                 ("radius_mm", "radius_m", 1e3), ("axial_phase_deg", "axial_phase", 180 / math.pi)):
         assert math.isclose(fresh.values[name], factor * events.columns[label][2]), name
     p = Ridge(SHORT, RidgeConfig(step=0.5))(torch.from_numpy(events.ts[2:3]))
-    assert fresh.numbers["exact posterior"].startswith(f"{float(p.mean()):,.1f}"[:6])
+    want = apps.estimate(*([float(f(k)) for k in apps.TARGETS] for f in (p.mean, p.sigma)))
+    assert fresh.numbers["exact posterior"] == want
     energy = fresh.values["energy_eV"]
     fresh.controls["energy_eV"].value = energy + 20
     assert fresh.values["energy_eV"] == energy + 20
@@ -214,8 +222,7 @@ def test_the_sliders_go_to_the_labels_of_an_event(fresh, events, tmp_path):
     assert "expected an event from 0 to 3, found 9" in fresh.message.value
 
 
-def test_noise_is_added_to_clean_events_alone(events, tmp_path):
-    setup = apps.Setup(SHORT)
+def test_noise_is_added_to_clean_events_alone(events, setup, tmp_path):
     clean = simulate_events(1, SHORT, noise="none")
     for name, given in (("noisy.h5", events), ("clean.h5", clean)):
         write_store(given, tmp_path / name)
@@ -253,7 +260,7 @@ def test_another_receiver_has_no_electron(fresh, tmp_path):
     assert "another receiver" in fresh.panels.plane.note.get_text()
     assert fresh.panels.waveform.ax.get_ylabel() == "voltage [µV]"
     x, y = fresh.panels.spectrum.curve.get_data()
-    assert abs(x[y.argmax()] - 30) < 0.2
+    assert abs(x[y.argmax()] - 30) < 0.25
     fresh.set(file="", samples=2048)
     assert not fresh.panels.orbit.note.get_visible() and "limit" in fresh.numbers
 
@@ -282,19 +289,16 @@ def test_a_bad_file_is_an_error_line(fresh, tmp_path):
 @pytest.fixture(scope="module")
 def run(tmp_path_factory):
     data = DataConfig(simulate=SHORT, batches_per_epoch=2, valid_batches=1, batch_size=16)
-    model = ModelConfig(encoders=[EncoderConfig(kind="cnn", d_model=8, layers=1)], head="mixture", hidden=[])
-    config = Config(data=data, model=model, prep=PrepConfig(representation="time"),
+    model = ModelConfig(encoders=[EncoderConfig(kind="fold", d_model=8)], head="mixture", hidden=[])
+    config = Config(data=data, model=model, prep=PrepConfig(representation="spectrum"),
                     train=TrainConfig(epochs=1, progress=False))
     return train(config, tmp_path_factory.mktemp("runs") / "run", device="cpu").path
 
 
 def test_the_network_answers_in_a_stage_of_its_own(fresh, run):
-    from deadlayer_cres.cres.evaluate import reconstruct
-    from deadlayer_cres.cres.infer import Trained
-
-    assert len(stages(fresh)) == 2
+    assert len(list(fresh.draw(fresh.values))) == 2
     fresh.set(run=str(run))
-    assert not fresh.message.value and len(stages(fresh)) == 3
+    assert not fresh.message.value and len(list(fresh.draw(fresh.values))) == 3
     trained = Trained.open(run, "cpu")
     e = apps.electron(fresh.setup, 18_600.0, 89.0, 3e-3)
     record = apps.simulated(fresh.setup, e, 2048)
@@ -306,18 +310,16 @@ def test_the_network_answers_in_a_stage_of_its_own(fresh, run):
     assert "of the first 2,048 samples" in fresh.numbers["network"]
 
 
-def test_a_network_that_does_not_fit_is_said(fresh, run, tmp_path):
+def test_a_network_that_does_not_fit_is_said(fresh, setup, run, tmp_path):
     fresh.set(run=str(tmp_path / "nothing"))
     assert "expected a run folder" in fresh.message.value and "limit" in fresh.numbers
     longer = apps.cres_explorer(run, config=SimulateConfig(receiver=ReceiverConfig(samples=1024)))
     assert "none: expected at least 2048 samples" in longer.numbers["network"] and not longer.message.value
     longer.close()
-    setup = apps.Setup(SHORT)
-    setup.config = SimpleNamespace(trap=None, cavity=setup.config.cavity)
-    from deadlayer_cres.cres.infer import Trained
-
-    record = apps.simulated(apps.Setup(SHORT), apps.electron(apps.Setup(SHORT), 18_600.0, 89.0, 3e-3), 2048)
-    assert "another trap" in apps.network_answer(Trained.open(run, "cpu"), setup, record).doubt
+    record = apps.simulated(setup, apps.electron(setup, 18_600.0, 89.0, 3e-3), 2048)
+    other = SimpleNamespace(config=SimpleNamespace(trap=None, cavity=setup.config.cavity))
+    answers = [apps.network_answer(Trained.open(run, "cpu"), s, record) for s in (setup, other)]
+    assert ["another trap" in a.doubt for a in answers] == [False, True]
 
 
 # --- the page ---

@@ -6,10 +6,10 @@
 __all__ = ['FINE', 'TARGETS', 'VISIBLE', 'MAPS', 'METHODS', 'LENGTHS', 'WIDE', 'QuickFigure', 'one_thread', 'Setup', 'Electron',
            'electron', 'Record', 'simulated', 'EventFile', 'from_file', 'limit_covariance', 'spread', 'nice', 'Answer',
            'network_answer', 'found_below', 'volts', 'Waveform', 'outline', 'line_powers', 'visible_lines',
-           'SpectrumPanel', 'TimeFrequency', 'OrbitPanel', 'ellipse', 'is_narrow', 'Plane', 'EventFigure',
-           'CresExplorer', 'estimate', 'signal_numbers', 'cres_explorer']
+           'SpectrumPanel', 'TimeFrequency', 'OrbitPanel', 'ellipse', 'is_narrow', 'Plane', 'EventFigure', 'estimate',
+           'signal_numbers', 'CresExplorer', 'cres_explorer']
 
-# %% ../nbs/82_apps_cres.ipynb #a66c0e51
+# %% ../nbs/82_apps_cres.ipynb #df75ea46
 import copy
 import math
 import os
@@ -42,7 +42,7 @@ from .cres.simulate import SimulateConfig, Simulator, waveforms
 from .cres.trap import Comb, Orbit, comb, orbit
 from .plots import COLOURS, STYLE
 
-# %% ../nbs/82_apps_cres.ipynb #fe66407d
+# %% ../nbs/82_apps_cres.ipynb #ac76bb98
 class QuickFigure(Figure):
     "A figure of fixed cells; on the screen, axes are drawn once and what is `moving` each time."
 
@@ -89,7 +89,7 @@ class QuickFigure(Figure):
             else:
                 Image.fromarray(self.pixels()).save(fname, "png", **(pil_kwargs or {}))
 
-# %% ../nbs/82_apps_cres.ipynb #03861eef
+# %% ../nbs/82_apps_cres.ipynb #bd3f42f0
 def _looks(ax) -> tuple:
     "What the frame, ticks and texts of axes depend on."
     legend = ax.get_legend()
@@ -119,7 +119,7 @@ def _pixels(self: QuickFigure) -> np.ndarray:  # (height, width, 3) uint8
 
 QuickFigure.pixels = _pixels
 
-# %% ../nbs/82_apps_cres.ipynb #ed1df7a8
+# %% ../nbs/82_apps_cres.ipynb #ecd01b14
 @contextmanager
 def one_thread() -> Iterator[None]:
     "Calculate in one thread: faster for a single event."
@@ -164,7 +164,7 @@ class Setup:
             self._ridges[samples, sigma_V] = Ridge(self.at(samples, sigma_V), FINE, self._table)
         return self._ridges[samples, sigma_V]
 
-# %% ../nbs/82_apps_cres.ipynb #579aa278
+# %% ../nbs/82_apps_cres.ipynb #f21c6d6b
 class Electron(NamedTuple):
     "An electron, its comb and its orbit."
 
@@ -192,7 +192,7 @@ def electron(
                           f"{1e3 * radius_m:g} mm", row="pitch angle", remedy="raise it")
     return Electron(*p, made, orbit(setup.trap, *([v] for v in p[:3]), nodes=48))
 
-# %% ../nbs/82_apps_cres.ipynb #af74449e
+# %% ../nbs/82_apps_cres.ipynb #56fabd80
 class Record(NamedTuple):
     "What the antenna gave, and what is known about it."
 
@@ -227,7 +227,7 @@ def simulated(
     truth = {"energy_eV": e.energy_eV, "pitch_angle_deg": e.pitch_angle_deg}
     return Record(ts, clean, sigma, r.sampling_rate_Hz, r.lo_frequency_Hz, truth)
 
-# %% ../nbs/82_apps_cres.ipynb #95359e39
+# %% ../nbs/82_apps_cres.ipynb #7c197ce2
 class EventFile:
     "Events of a store, HDF5, pickle or egg file, one at a time; a long record without labels is cut into several."
 
@@ -277,7 +277,7 @@ def from_file(
     truth = {k: labels[k] for k in ("energy_eV", "pitch_angle_deg") if k in labels}
     return Record(ts, clean, level, file.events.sampling_rate_Hz, file.events.lo_frequency_Hz, truth), labels
 
-# %% ../nbs/82_apps_cres.ipynb #c51cc4aa
+# %% ../nbs/82_apps_cres.ipynb #04e699d1
 def limit_covariance(
     f: Fisher,  # of one electron
 ) -> np.ndarray:  # (2, 2) of energy in eV and pitch angle in degrees
@@ -309,7 +309,7 @@ def nice(x: float) -> float:
     ten = 10.0 ** math.floor(math.log10(max(x, 1e-30)))
     return ten * next(k for k in (1, 2, 5, 10) if k * ten >= x * (1 - 1e-9))
 
-# %% ../nbs/82_apps_cres.ipynb #5a290fbb
+# %% ../nbs/82_apps_cres.ipynb #63b06fbd
 class Answer(NamedTuple):
     "What a network says about one event."
 
@@ -346,7 +346,7 @@ def network_answer(
         doubts.append(f"of the first {samples:,} samples")
     return Answer(mean, sigma, found, weight, ", ".join(doubts))
 
-# %% ../nbs/82_apps_cres.ipynb #45275bc7
+# %% ../nbs/82_apps_cres.ipynb #b034a146
 def found_below(
     folder: str | os.PathLike = ".",
     depth: int = 4,  # folders below each other
@@ -372,7 +372,7 @@ def found_below(
             folders.clear()
     return tuple([os.fspath(p.relative_to(root)) for p in found] for found in (runs, files))
 
-# %% ../nbs/82_apps_cres.ipynb #130543a4
+# %% ../nbs/82_apps_cres.ipynb #7d6497e6
 def volts(peak_V: float) -> tuple[float, str]:
     "A factor and a unit for voltages of this size."
     return next(((f, u) for f, u in ((1e3, "mV"), (1e6, "µV")) if peak_V * f > 0.05), (1e9, "nV"))
@@ -405,7 +405,7 @@ class Waveform:
         top = nice(unit * peak)
         self.ax.set(ylim=(-top, top), ylabel=f"voltage [{name}]")
 
-# %% ../nbs/82_apps_cres.ipynb #6ed7c326
+# %% ../nbs/82_apps_cres.ipynb #ffc13c06
 def outline(
     x: np.ndarray,  # (n,) ascending
     y: np.ndarray,  # (n,)
@@ -431,7 +431,7 @@ def visible_lines(setup: Setup, e: Electron, record: Record) -> np.ndarray:  # (
     floor = max(VISIBLE * record.noise_power, 1e-6 * setup.config.receiver.amplitude_V**2)
     return line_powers(setup, e) > floor
 
-# %% ../nbs/82_apps_cres.ipynb #8c19a3be
+# %% ../nbs/82_apps_cres.ipynb #e1a6c4e0
 class SpectrumPanel:
     "Power spectrum of the record, the lines of the comb with their orders, and the level of the noise."
 
@@ -448,46 +448,50 @@ class SpectrumPanel:
                        for _ in range(self.labels)]
         fig.moving += [self.curve, self.noise, self.lines, *self.orders]
 
-    def show(self, setup: Setup, record: Record, e: Electron | None) -> None:
-        z = torch.complex(record.ts[0, 0], record.ts[0, 1])
-        power = (torch.fft.fftshift(torch.fft.fft(z)).abs().double() / len(z)).square().numpy()
-        rate = record.sampling_rate_Hz / 1e6
-        unit, name = volts(float(record.ts.abs().max()))
-        low, high = (-0.45 * rate, 0.15 * rate) if e else (-rate / 2, rate / 2)
-        f = fft_frequencies(len(z), rate).numpy()
-        inside = (f >= low) & (f <= high)
-        self.curve.set_data(*outline(f[inside], np.maximum(unit**2 * power[inside], 1e-30), 420))
-        peak = unit**2 * max(power.max(), setup.config.receiver.amplitude_V**2 if e else 0)
-        floor = unit**2 * record.noise_power
-        self.noise.set_ydata([floor, floor])
-        self.noise.set_visible(floor > 0)
-        bottom = 10.0 ** math.floor(math.log10(floor / 30 if floor else 1e-7 * peak))
-        self.ax.set(xlim=(round(low), round(high)), ylim=(bottom, 10.0 ** math.ceil(math.log10(3 * peak))),
-                    ylabel=f"power [{name}²]")
-        self._mark(setup, record, e, unit)
+# %% ../nbs/82_apps_cres.ipynb #9d8903ee
+def _show_spectrum(self: SpectrumPanel, setup: Setup, record: Record, e: Electron | None) -> None:
+    "Draw the spectrum; the limits are whole decades."
+    z = torch.complex(record.ts[0, 0], record.ts[0, 1])
+    power = (torch.fft.fftshift(torch.fft.fft(z)).abs().double() / len(z)).square().numpy()
+    rate = record.sampling_rate_Hz / 1e6
+    unit, name = volts(float(record.ts.abs().max()))
+    low, high = (-0.45 * rate, 0.15 * rate) if e else (-rate / 2, rate / 2)
+    f = fft_frequencies(len(z), rate).numpy()
+    inside = (f >= low) & (f <= high)
+    self.curve.set_data(*outline(f[inside], np.maximum(unit**2 * power[inside], 1e-30), 420))
+    peak = unit**2 * max(power.max(), setup.config.receiver.amplitude_V**2 if e else 0)
+    floor = unit**2 * record.noise_power
+    self.noise.set_ydata([floor, floor])
+    self.noise.set_visible(floor > 0)
+    bottom = 10.0 ** math.floor(math.log10(floor / 30 if floor else 1e-7 * peak))
+    self.ax.set(xlim=(round(low), round(high)), ylim=(bottom, 10.0 ** math.ceil(math.log10(3 * peak))),
+                ylabel=f"power [{name}²]")
+    self._mark(setup, record, e, unit)
 
-    def _mark(self, setup: Setup, record: Record, e: Electron | None, unit: float) -> None:
-        "Circles and orders of the lines; an order that would lie on that of a stronger line is left out."
-        for text in self.orders:
-            text.set_visible(False)
-        self.lines.set_visible(e is not None)
-        if e is None:
-            return
-        half = record.sampling_rate_Hz / 2
-        f = ((e.comb.frequency_Hz[0].numpy() - record.lo_frequency_Hz + half) % (2 * half) - half) / 1e6
-        power = line_powers(setup, e)
-        self.lines.set_data(f, unit**2 * power)
-        seen, (low, high), marked = visible_lines(setup, e, record), self.ax.get_xlim(), []
-        for k in np.argsort(-power):
-            clear = all(abs(f[k] - x) > (high - low) / 22 for x in marked)
-            if seen[k] and low < f[k] < high and clear and len(marked) < self.labels:
-                text = self.orders[len(marked)]
-                order = int(e.comb.order[k])
-                name = f"{order:+d}".replace("-", "−") if order else "0"
-                text.set(position=(f[k], 1.9 * unit**2 * power[k]), text=name, visible=True)
-                marked.append(f[k])
+def _mark(self: SpectrumPanel, setup: Setup, record: Record, e: Electron | None, unit: float) -> None:
+    "Circles and orders of the lines; an order that would lie on that of a stronger line is left out."
+    for text in self.orders:
+        text.set_visible(False)
+    self.lines.set_visible(e is not None)
+    if e is None:
+        return
+    half = record.sampling_rate_Hz / 2
+    f = ((e.comb.frequency_Hz[0].numpy() - record.lo_frequency_Hz + half) % (2 * half) - half) / 1e6
+    power = line_powers(setup, e)
+    self.lines.set_data(f, unit**2 * power)
+    seen, (low, high), marked = visible_lines(setup, e, record), self.ax.get_xlim(), []
+    for k in np.argsort(-power):
+        clear = all(abs(f[k] - x) > (high - low) / 22 for x in marked)
+        if seen[k] and low < f[k] < high and clear and len(marked) < self.labels:
+            text = self.orders[len(marked)]
+            order = int(e.comb.order[k])
+            name = f"{order:+d}".replace("-", "−") if order else "0"
+            text.set(position=(f[k], 1.9 * unit**2 * power[k]), text=name, visible=True)
+            marked.append(f[k])
 
-# %% ../nbs/82_apps_cres.ipynb #2d80d7b6
+SpectrumPanel.show, SpectrumPanel._mark = _show_spectrum, _mark
+
+# %% ../nbs/82_apps_cres.ipynb #322cbcf0
 MAPS = ("spectrogram", "Q-transform")
 
 class TimeFrequency:
@@ -531,7 +535,7 @@ class TimeFrequency:
         self.ax.set(xlim=(0, end), ylim=(low, high))
         self.ax.set_title(f"{kind} [dB]", loc="left", fontsize=STYLE["axes.titlesize"])
 
-# %% ../nbs/82_apps_cres.ipynb #485fbd21
+# %% ../nbs/82_apps_cres.ipynb #561d84df
 class OrbitPanel:
     "The field along the trap, and the path of the electron in it."
 
@@ -575,7 +579,7 @@ class OrbitPanel:
             self.paths[k].set_data(100 * z, y)
             self.turns[k].set_data(100 * z[ends], y[ends])
 
-# %% ../nbs/82_apps_cres.ipynb #12973691
+# %% ../nbs/82_apps_cres.ipynb #99adf840
 METHODS = {"truth": COLOURS[6], "network": COLOURS[1], "posterior": COLOURS[0], "limit": COLOURS[2]}
 
 def ellipse(
@@ -592,6 +596,7 @@ def is_narrow(covariance: np.ndarray, wide_eV: float = 5.0) -> bool:
     "Whether a mode is so narrow that an ellipse describes it."
     return covariance[0, 0] < wide_eV**2
 
+# %% ../nbs/82_apps_cres.ipynb #e47353ac
 class Plane:
     "Energy and pitch angle: truth, network, posterior and limit; relative to `centre` in a close-up."
 
@@ -609,42 +614,45 @@ class Plane:
         self.moving = [self.cells, self.mixture, self.mode, self.limit, *self.bars, self.truth, self.note]
         fig.moving += self.moving
 
-    def show(
-        self,
-        truth: np.ndarray | None = None,  # (2,)
-        network: Answer | None = None,
-        posterior: tuple[Posterior, np.ndarray, np.ndarray] | None = None,  # with mean and covariance of its main mode
-        limit: tuple[np.ndarray, np.ndarray] | None = None,  # centre and covariance
-        note: str = "",  # what is missing, and why
-    ) -> None:
-        "Show these, and nothing else."
-        for artist in self.moving:
-            artist.set_visible(False)
-        self.note.set(text=note, visible=bool(note))
-        if truth is not None:
-            self._put(self.truth, (truth - self.centre)[:, None])
-        if limit is not None:
-            self._put(self.limit, ellipse(limit[0] - self.centre, limit[1]))
-        if network is not None:
-            (x, y), (dx, dy) = network.mean - self.centre, np.nan_to_num(network.sigma)
-            self._put(self.bars[0], ([x - dx, x + dx], [y, y]))
-            self._put(self.bars[1], ([x, x], [y - dy, y + dy]))
-            self.mixture.set(offsets=network.modes - self.centre, sizes=60 * network.weight, visible=True)
-        if posterior is not None:
-            p, mean, covariance = posterior
-            x, w = torch.stack([p.energy_eV, p.pitch_angle_deg], 1).numpy(), p.weight.numpy()
-            order = np.argsort(-w)
-            order = order[:1 + np.searchsorted(np.cumsum(w[order]), 0.99)]  # the region of 99 %
-            sizes = np.clip(30 * np.sqrt(w[order] / w.max()), 0.4, None)
-            self.cells.set(offsets=x[order] - self.centre, sizes=sizes, visible=True)
-            if is_narrow(covariance):
-                self._put(self.mode, ellipse(mean - self.centre, covariance))
-
     def _put(self, line, xy) -> None:
         line.set_data(*xy)
         line.set_visible(True)
 
-# %% ../nbs/82_apps_cres.ipynb #122e3d08
+# %% ../nbs/82_apps_cres.ipynb #2decd4f1
+def _show_known(
+    self: Plane,
+    truth: np.ndarray | None = None,  # (2,)
+    network: Answer | None = None,
+    posterior: tuple[Posterior, np.ndarray, np.ndarray] | None = None,  # with mean and covariance of its main mode
+    limit: tuple[np.ndarray, np.ndarray] | None = None,  # centre and covariance
+    note: str = "",  # what is missing, and why
+) -> None:
+    "Show these, and nothing else."
+    for artist in self.moving:
+        artist.set_visible(False)
+    self.note.set(text=note, visible=bool(note))
+    if truth is not None:
+        self._put(self.truth, (truth - self.centre)[:, None])
+    if limit is not None:
+        self._put(self.limit, ellipse(limit[0] - self.centre, limit[1]))
+    if network is not None:
+        (x, y), (dx, dy) = network.mean - self.centre, np.nan_to_num(network.sigma)
+        self._put(self.bars[0], ([x - dx, x + dx], [y, y]))
+        self._put(self.bars[1], ([x, x], [y - dy, y + dy]))
+        self.mixture.set(offsets=network.modes - self.centre, sizes=60 * network.weight, visible=True)
+    if posterior is not None:
+        p, mean, covariance = posterior
+        x, w = torch.stack([p.energy_eV, p.pitch_angle_deg], 1).numpy(), p.weight.numpy()
+        order = np.argsort(-w)
+        order = order[:1 + np.searchsorted(np.cumsum(w[order]), 0.99)]  # the region of 99 %
+        sizes = np.clip(30 * np.sqrt(w[order] / w.max()), 0.4, None)
+        self.cells.set(offsets=x[order] - self.centre, sizes=sizes, visible=True)
+        if is_narrow(covariance):
+            self._put(self.mode, ellipse(mean - self.centre, covariance))
+
+Plane.show = _show_known
+
+# %% ../nbs/82_apps_cres.ipynb #6dfcad89
 class EventFigure:
     "The figure of the explorer."
 
@@ -676,7 +684,7 @@ class EventFigure:
         for plane in (self.plane, self.close_up):
             plane.show(**known)
 
-# %% ../nbs/82_apps_cres.ipynb #809e7dd0
+# %% ../nbs/82_apps_cres.ipynb #dc8fc582
 def _legend(
     self: EventFigure,
     names: Sequence[str],  # of methods
@@ -716,7 +724,34 @@ def _zoom(self: EventFigure, truth=None, network=None, posterior=None, limit=Non
 
 EventFigure.legend, EventFigure._zoom = _legend, _zoom
 
-# %% ../nbs/82_apps_cres.ipynb #437c648a
+# %% ../nbs/82_apps_cres.ipynb #b48c825e
+def estimate(mean: Sequence[float], sigma: Sequence[float]) -> str:
+    "Energy and pitch angle with standard deviations, as text; to two digits of the latter."
+    digits = [2 if not s > 0 else max(0, 1 - math.floor(math.log10(s))) for s in sigma]
+    return ", ".join(f"{m:,.{min(d, 6)}f} ± {s:.{min(d, 6)}f}{unit}" for m, s, d, unit in
+                     zip(mean, sigma, digits, (" eV", "°"), strict=True))
+
+# %% ../nbs/82_apps_cres.ipynb #2c66813e
+def signal_numbers(setup: Setup, record: Record, e: Electron | None) -> dict:
+    "What the comb of an electron and its record come to."
+    about = {"record": f"{record.samples:,} samples, {1e6 * record.samples / record.sampling_rate_Hz:.2f} µs, "
+                       f"noise {1e3 * record.sigma_V:.3g} mV"}
+    if e is None:
+        return about
+    motion, power = e.comb.motion, line_powers(setup, e)
+    carrier = float(motion.carrier_frequency_Hz)
+    seen, main = visible_lines(setup, e, record), e.comb.order.numpy() == 0
+    snr = math.sqrt(power.sum() / record.noise_power) if record.sigma_V else "no noise"
+    return about | {
+        "mean carrier": f"{carrier / 1e9:.6f} GHz, at {(carrier - record.lo_frequency_Hz) / 1e6:.3f} MHz",
+        "axial frequency [MHz]": float(motion.axial_frequency_Hz) / 1e6,
+        "slope [MHz/ms]": float(e.comb.slope_Hz_per_s) / 1e9,
+        "power lost [fW]": 1e15 * float(e.comb.power_W),
+        "main line [mV]": 1e3 * math.sqrt(float(power[main][0])) if main.any() else 0.0,
+        "signal-to-noise ratio": snr, "visible side lines": int((seen & ~main).sum()),
+    }
+
+# %% ../nbs/82_apps_cres.ipynb #01c50417
 LENGTHS = (2048, 4096, 8192, 16_384, 24_576)
 WIDE = {"style": {"description_width": "7em"}, "layout": {"width": "24em"}}
 
@@ -763,7 +798,7 @@ class CresExplorer(Explorer):
             "event": widgets.BoundedIntText(value=0, min=0, max=2**31, description="event", **WIDE),
         }
 
-# %% ../nbs/82_apps_cres.ipynb #2bcc4180
+# %% ../nbs/82_apps_cres.ipynb #62f7509b
 def _event(self: CresExplorer, v: dict) -> tuple[Record, Electron | None]:
     "The record and the electron that the controls ask for."
     make = lambda v: electron(  # noqa: E731
@@ -808,7 +843,7 @@ def _close_file(self: CresExplorer) -> None:
 
 CresExplorer._event, CresExplorer._to_labels, CresExplorer._close_file = _event, _to_labels, _close_file
 
-# %% ../nbs/82_apps_cres.ipynb #078c30b4
+# %% ../nbs/82_apps_cres.ipynb #b8c355aa
 def _draw(self: CresExplorer, values: dict) -> Iterator[tuple[Figure, dict]]:
     "Record and orbit, network, posterior and limit."
     path, trouble = values["run"].strip(), None
@@ -853,13 +888,7 @@ def _ask_network(self: CresExplorer, path: str, record: Record, known: dict) -> 
 
 CresExplorer.draw, CresExplorer._ask_network = _draw, _ask_network
 
-# %% ../nbs/82_apps_cres.ipynb #0d1cad3c
-def estimate(mean: Sequence[float], sigma: Sequence[float]) -> str:
-    "Energy and pitch angle with standard deviations, as text; to two digits of the latter."
-    digits = [2 if not s > 0 else max(0, 1 - math.floor(math.log10(s))) for s in sigma]
-    return ", ".join(f"{m:,.{min(d, 6)}f} ± {s:.{min(d, 6)}f}{unit}" for m, s, d, unit in
-                     zip(mean, sigma, digits, (" eV", "°"), strict=True))
-
+# %% ../nbs/82_apps_cres.ipynb #4aa30dcd
 def _find_limit(self: CresExplorer, record: Record, e: Electron | None, known: dict) -> dict:
     "Add posterior and limit to what is known; returns numbers."
     if e is None or not record.sigma_V > 0:
@@ -890,26 +919,7 @@ def _find_limit(self: CresExplorer, record: Record, e: Electron | None, known: d
 
 CresExplorer._find_limit = _find_limit
 
-def signal_numbers(setup: Setup, record: Record, e: Electron | None) -> dict:
-    "What the comb of an electron and its record come to."
-    about = {"record": f"{record.samples:,} samples, {1e6 * record.samples / record.sampling_rate_Hz:.2f} µs, "
-                       f"noise {1e3 * record.sigma_V:.3g} mV"}
-    if e is None:
-        return about
-    motion, power = e.comb.motion, line_powers(setup, e)
-    carrier = float(motion.carrier_frequency_Hz)
-    seen, main = visible_lines(setup, e, record), e.comb.order.numpy() == 0
-    snr = math.sqrt(power.sum() / record.noise_power) if record.sigma_V else "no noise"
-    return about | {
-        "mean carrier": f"{carrier / 1e9:.6f} GHz, at {(carrier - record.lo_frequency_Hz) / 1e6:.3f} MHz",
-        "axial frequency [MHz]": float(motion.axial_frequency_Hz) / 1e6,
-        "slope [MHz/ms]": float(e.comb.slope_Hz_per_s) / 1e9,
-        "power lost [fW]": 1e15 * float(e.comb.power_W),
-        "main line [mV]": 1e3 * math.sqrt(float(power[main][0])) if main.any() else 0.0,
-        "signal-to-noise ratio": snr, "visible side lines": int((seen & ~main).sum()),
-    }
-
-# %% ../nbs/82_apps_cres.ipynb #fbae4ef7
+# %% ../nbs/82_apps_cres.ipynb #f1c99c5a
 def _close(self: CresExplorer) -> None:
     "Take it off the page and close its file."
     self._close_file()

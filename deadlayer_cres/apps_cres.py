@@ -9,7 +9,7 @@ __all__ = ['FINE', 'TARGETS', 'VISIBLE', 'MAPS', 'METHODS', 'LENGTHS', 'WIDE', '
            'SpectrumPanel', 'TimeFrequency', 'OrbitPanel', 'ellipse', 'is_narrow', 'Plane', 'EventFigure', 'estimate',
            'signal_numbers', 'CresExplorer', 'cres_explorer']
 
-# %% ../nbs/82_apps_cres.ipynb #df75ea46
+# %% ../nbs/82_apps_cres.ipynb #5d8aa4a1
 import copy
 import math
 import os
@@ -42,7 +42,7 @@ from .cres.simulate import SimulateConfig, Simulator, waveforms
 from .cres.trap import Comb, Orbit, comb, orbit
 from .plots import COLOURS, STYLE
 
-# %% ../nbs/82_apps_cres.ipynb #ac76bb98
+# %% ../nbs/82_apps_cres.ipynb #886c715c
 class QuickFigure(Figure):
     "A figure of fixed cells; on the screen, axes are drawn once and what is `moving` each time."
 
@@ -89,7 +89,7 @@ class QuickFigure(Figure):
             else:
                 Image.fromarray(self.pixels()).save(fname, "png", **(pil_kwargs or {}))
 
-# %% ../nbs/82_apps_cres.ipynb #bd3f42f0
+# %% ../nbs/82_apps_cres.ipynb #ace8bfae
 def _looks(ax) -> tuple:
     "What the frame, ticks and texts of axes depend on."
     legend = ax.get_legend()
@@ -119,7 +119,7 @@ def _pixels(self: QuickFigure) -> np.ndarray:  # (height, width, 3) uint8
 
 QuickFigure.pixels = _pixels
 
-# %% ../nbs/82_apps_cres.ipynb #ecd01b14
+# %% ../nbs/82_apps_cres.ipynb #65e9ce73
 @contextmanager
 def one_thread() -> Iterator[None]:
     "Calculate in one thread: faster for a single event."
@@ -164,7 +164,7 @@ class Setup:
             self._ridges[samples, sigma_V] = Ridge(self.at(samples, sigma_V), FINE, self._table)
         return self._ridges[samples, sigma_V]
 
-# %% ../nbs/82_apps_cres.ipynb #f21c6d6b
+# %% ../nbs/82_apps_cres.ipynb #0561964c
 class Electron(NamedTuple):
     "An electron, its comb and its orbit."
 
@@ -192,7 +192,7 @@ def electron(
                           f"{1e3 * radius_m:g} mm", row="pitch angle", remedy="raise it")
     return Electron(*p, made, orbit(setup.trap, *([v] for v in p[:3]), nodes=48))
 
-# %% ../nbs/82_apps_cres.ipynb #56fabd80
+# %% ../nbs/82_apps_cres.ipynb #9e2aa337
 class Record(NamedTuple):
     "What the antenna gave, and what is known about it."
 
@@ -227,7 +227,7 @@ def simulated(
     truth = {"energy_eV": e.energy_eV, "pitch_angle_deg": e.pitch_angle_deg}
     return Record(ts, clean, sigma, r.sampling_rate_Hz, r.lo_frequency_Hz, truth)
 
-# %% ../nbs/82_apps_cres.ipynb #7c197ce2
+# %% ../nbs/82_apps_cres.ipynb #dfb49fb3
 class EventFile:
     "Events of a store, HDF5, pickle or egg file, one at a time; a long record without labels is cut into several."
 
@@ -277,7 +277,7 @@ def from_file(
     truth = {k: labels[k] for k in ("energy_eV", "pitch_angle_deg") if k in labels}
     return Record(ts, clean, level, file.events.sampling_rate_Hz, file.events.lo_frequency_Hz, truth), labels
 
-# %% ../nbs/82_apps_cres.ipynb #04e699d1
+# %% ../nbs/82_apps_cres.ipynb #36a596f3
 def limit_covariance(
     f: Fisher,  # of one electron
 ) -> np.ndarray:  # (2, 2) of energy in eV and pitch angle in degrees
@@ -309,7 +309,7 @@ def nice(x: float) -> float:
     ten = 10.0 ** math.floor(math.log10(max(x, 1e-30)))
     return ten * next(k for k in (1, 2, 5, 10) if k * ten >= x * (1 - 1e-9))
 
-# %% ../nbs/82_apps_cres.ipynb #63b06fbd
+# %% ../nbs/82_apps_cres.ipynb #e772cd25
 class Answer(NamedTuple):
     "What a network says about one event."
 
@@ -346,7 +346,7 @@ def network_answer(
         doubts.append(f"of the first {samples:,} samples")
     return Answer(mean, sigma, found, weight, ", ".join(doubts))
 
-# %% ../nbs/82_apps_cres.ipynb #b034a146
+# %% ../nbs/82_apps_cres.ipynb #e1511235
 def found_below(
     folder: str | os.PathLike = ".",
     depth: int = 4,  # folders below each other
@@ -372,7 +372,7 @@ def found_below(
             folders.clear()
     return tuple([os.fspath(p.relative_to(root)) for p in found] for found in (runs, files))
 
-# %% ../nbs/82_apps_cres.ipynb #7d6497e6
+# %% ../nbs/82_apps_cres.ipynb #860e4d13
 def volts(peak_V: float) -> tuple[float, str]:
     "A factor and a unit for voltages of this size."
     return next(((f, u) for f, u in ((1e3, "mV"), (1e6, "µV")) if peak_V * f > 0.05), (1e9, "nV"))
@@ -405,7 +405,7 @@ class Waveform:
         top = nice(unit * peak)
         self.ax.set(ylim=(-top, top), ylabel=f"voltage [{name}]")
 
-# %% ../nbs/82_apps_cres.ipynb #ffc13c06
+# %% ../nbs/82_apps_cres.ipynb #5c38d1bd
 def outline(
     x: np.ndarray,  # (n,) ascending
     y: np.ndarray,  # (n,)
@@ -431,7 +431,7 @@ def visible_lines(setup: Setup, e: Electron, record: Record) -> np.ndarray:  # (
     floor = max(VISIBLE * record.noise_power, 1e-6 * setup.config.receiver.amplitude_V**2)
     return line_powers(setup, e) > floor
 
-# %% ../nbs/82_apps_cres.ipynb #e1a6c4e0
+# %% ../nbs/82_apps_cres.ipynb #ad364601
 class SpectrumPanel:
     "Power spectrum of the record, the lines of the comb with their orders, and the level of the noise."
 
@@ -448,7 +448,7 @@ class SpectrumPanel:
                        for _ in range(self.labels)]
         fig.moving += [self.curve, self.noise, self.lines, *self.orders]
 
-# %% ../nbs/82_apps_cres.ipynb #9d8903ee
+# %% ../nbs/82_apps_cres.ipynb #3375efd1
 def _show_spectrum(self: SpectrumPanel, setup: Setup, record: Record, e: Electron | None) -> None:
     "Draw the spectrum; the limits are whole decades."
     z = torch.complex(record.ts[0, 0], record.ts[0, 1])
@@ -491,7 +491,7 @@ def _mark(self: SpectrumPanel, setup: Setup, record: Record, e: Electron | None,
 
 SpectrumPanel.show, SpectrumPanel._mark = _show_spectrum, _mark
 
-# %% ../nbs/82_apps_cres.ipynb #322cbcf0
+# %% ../nbs/82_apps_cres.ipynb #f0d34919
 MAPS = ("spectrogram", "Q-transform")
 
 class TimeFrequency:
@@ -535,7 +535,7 @@ class TimeFrequency:
         self.ax.set(xlim=(0, end), ylim=(low, high))
         self.ax.set_title(f"{kind} [dB]", loc="left", fontsize=STYLE["axes.titlesize"])
 
-# %% ../nbs/82_apps_cres.ipynb #561d84df
+# %% ../nbs/82_apps_cres.ipynb #7588f882
 class OrbitPanel:
     "The field along the trap, and the path of the electron in it."
 
@@ -579,7 +579,7 @@ class OrbitPanel:
             self.paths[k].set_data(100 * z, y)
             self.turns[k].set_data(100 * z[ends], y[ends])
 
-# %% ../nbs/82_apps_cres.ipynb #99adf840
+# %% ../nbs/82_apps_cres.ipynb #103c0c05
 METHODS = {"truth": COLOURS[6], "network": COLOURS[1], "posterior": COLOURS[0], "limit": COLOURS[2]}
 
 def ellipse(
@@ -596,7 +596,7 @@ def is_narrow(covariance: np.ndarray, wide_eV: float = 5.0) -> bool:
     "Whether a mode is so narrow that an ellipse describes it."
     return covariance[0, 0] < wide_eV**2
 
-# %% ../nbs/82_apps_cres.ipynb #e47353ac
+# %% ../nbs/82_apps_cres.ipynb #d504056c
 class Plane:
     "Energy and pitch angle: truth, network, posterior and limit; relative to `centre` in a close-up."
 
@@ -618,7 +618,7 @@ class Plane:
         line.set_data(*xy)
         line.set_visible(True)
 
-# %% ../nbs/82_apps_cres.ipynb #2decd4f1
+# %% ../nbs/82_apps_cres.ipynb #e94e8cbb
 def _show_known(
     self: Plane,
     truth: np.ndarray | None = None,  # (2,)
@@ -636,7 +636,9 @@ def _show_known(
     if limit is not None:
         self._put(self.limit, ellipse(limit[0] - self.centre, limit[1]))
     if network is not None:
-        (x, y), (dx, dy) = network.mean - self.centre, np.nan_to_num(network.sigma)
+        middle = np.mean([self.ax.get_xlim(), self.ax.get_ylim()], 1)  # for what it does not say
+        x, y = np.where(np.isnan(network.mean), middle, network.mean - self.centre)
+        dx, dy = np.nan_to_num(network.sigma)
         self._put(self.bars[0], ([x - dx, x + dx], [y, y]))
         self._put(self.bars[1], ([x, x], [y - dy, y + dy]))
         self.mixture.set(offsets=network.modes - self.centre, sizes=60 * network.weight, visible=True)
@@ -652,7 +654,7 @@ def _show_known(
 
 Plane.show = _show_known
 
-# %% ../nbs/82_apps_cres.ipynb #6dfcad89
+# %% ../nbs/82_apps_cres.ipynb #8b33e6c2
 class EventFigure:
     "The figure of the explorer."
 
@@ -684,7 +686,7 @@ class EventFigure:
         for plane in (self.plane, self.close_up):
             plane.show(**known)
 
-# %% ../nbs/82_apps_cres.ipynb #dc8fc582
+# %% ../nbs/82_apps_cres.ipynb #622fc2af
 def _legend(
     self: EventFigure,
     names: Sequence[str],  # of methods
@@ -724,14 +726,17 @@ def _zoom(self: EventFigure, truth=None, network=None, posterior=None, limit=Non
 
 EventFigure.legend, EventFigure._zoom = _legend, _zoom
 
-# %% ../nbs/82_apps_cres.ipynb #b48c825e
+# %% ../nbs/82_apps_cres.ipynb #3e4c5a3e
 def estimate(mean: Sequence[float], sigma: Sequence[float]) -> str:
     "Energy and pitch angle with standard deviations, as text; to two digits of the latter."
-    digits = [2 if not s > 0 else max(0, 1 - math.floor(math.log10(s))) for s in sigma]
-    return ", ".join(f"{m:,.{min(d, 6)}f} ± {s:.{min(d, 6)}f}{unit}" for m, s, d, unit in
-                     zip(mean, sigma, digits, (" eV", "°"), strict=True))
+    parts = []
+    for m, s, unit in zip(mean, sigma, (" eV", "°"), strict=True):
+        if math.isfinite(m):
+            digits = min(6, max(0, 1 - math.floor(math.log10(s)))) if s > 0 else 2
+            parts.append(f"{m:,.{digits}f}" + (f" ± {s:.{digits}f}{unit}" if s > 0 else unit))
+    return ", ".join(parts)
 
-# %% ../nbs/82_apps_cres.ipynb #2c66813e
+# %% ../nbs/82_apps_cres.ipynb #9d5e0fd9
 def signal_numbers(setup: Setup, record: Record, e: Electron | None) -> dict:
     "What the comb of an electron and its record come to."
     about = {"record": f"{record.samples:,} samples, {1e6 * record.samples / record.sampling_rate_Hz:.2f} µs, "
@@ -751,7 +756,7 @@ def signal_numbers(setup: Setup, record: Record, e: Electron | None) -> dict:
         "signal-to-noise ratio": snr, "visible side lines": int((seen & ~main).sum()),
     }
 
-# %% ../nbs/82_apps_cres.ipynb #01c50417
+# %% ../nbs/82_apps_cres.ipynb #f1b60dd3
 LENGTHS = (2048, 4096, 8192, 16_384, 24_576)
 WIDE = {"style": {"description_width": "7em"}, "layout": {"width": "24em"}}
 
@@ -798,7 +803,7 @@ class CresExplorer(Explorer):
             "event": widgets.BoundedIntText(value=0, min=0, max=2**31, description="event", **WIDE),
         }
 
-# %% ../nbs/82_apps_cres.ipynb #62f7509b
+# %% ../nbs/82_apps_cres.ipynb #cb9f9e7d
 def _event(self: CresExplorer, v: dict) -> tuple[Record, Electron | None]:
     "The record and the electron that the controls ask for."
     make = lambda v: electron(  # noqa: E731
@@ -843,7 +848,7 @@ def _close_file(self: CresExplorer) -> None:
 
 CresExplorer._event, CresExplorer._to_labels, CresExplorer._close_file = _event, _to_labels, _close_file
 
-# %% ../nbs/82_apps_cres.ipynb #b8c355aa
+# %% ../nbs/82_apps_cres.ipynb #82ee716b
 def _draw(self: CresExplorer, values: dict) -> Iterator[tuple[Figure, dict]]:
     "Record and orbit, network, posterior and limit."
     path, trouble = values["run"].strip(), None
@@ -888,7 +893,7 @@ def _ask_network(self: CresExplorer, path: str, record: Record, known: dict) -> 
 
 CresExplorer.draw, CresExplorer._ask_network = _draw, _ask_network
 
-# %% ../nbs/82_apps_cres.ipynb #4aa30dcd
+# %% ../nbs/82_apps_cres.ipynb #18368ab3
 def _find_limit(self: CresExplorer, record: Record, e: Electron | None, known: dict) -> dict:
     "Add posterior and limit to what is known; returns numbers."
     if e is None or not record.sigma_V > 0:
@@ -919,7 +924,7 @@ def _find_limit(self: CresExplorer, record: Record, e: Electron | None, known: d
 
 CresExplorer._find_limit = _find_limit
 
-# %% ../nbs/82_apps_cres.ipynb #f1c99c5a
+# %% ../nbs/82_apps_cres.ipynb #def2e4ed
 def _close(self: CresExplorer) -> None:
     "Take it off the page and close its file."
     self._close_file()

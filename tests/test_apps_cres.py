@@ -355,6 +355,15 @@ def test_an_unknown_control_is_refused():
 
 def test_text_of_estimates():
     assert apps.estimate((18_600.1234, 89.00012), (0.0421, 0.00131)) == "18,600.123 ± 0.042 eV, 89.0001 ± 0.0013°"
-    assert apps.estimate((18_600.0, math.nan), (12.3, math.nan)) == "18,600 ± 12 eV, nan ± nan°"
+    assert apps.estimate((18_600.0, math.nan), (12.3, math.nan)) == "18,600 ± 12 eV"
+    assert apps.estimate((18_600.0, 89.0), (math.nan, 0.5)) == "18,600.00 eV, 89.00 ± 0.50°"
+
+
+def test_a_network_of_the_energy_alone_is_a_level_bar(fresh):
+    plane = fresh.panels.plane
+    plane.show(network=apps.Answer(np.array([18_580.0, math.nan]), np.array([4.0, math.nan]), np.empty((0, 2)),
+                                   np.empty(0), ""))
+    assert plane.bars[0].get_xdata() == [18_576.0, 18_584.0] and np.isfinite(plane.bars[0].get_ydata()).all()
+    assert plane.bars[1].get_ydata()[0] == plane.bars[1].get_ydata()[1]
     assert [apps.nice(x) for x in (1, 1.01, 4.9, 5.1, 0.0021)] == [1, 2, 5, 10, 0.005]
     assert [apps.volts(x)[1] for x in (0.1, 1e-5, 1e-7, 1e-9)] == ["mV", "µV", "µV", "nV"]

@@ -9,7 +9,7 @@ __all__ = ['FINE', 'TARGETS', 'VISIBLE', 'MAPS', 'METHODS', 'LENGTHS', 'WIDE', '
            'SpectrumPanel', 'TimeFrequency', 'OrbitPanel', 'ellipse', 'is_narrow', 'Plane', 'EventFigure', 'estimate',
            'signal_numbers', 'CresExplorer', 'cres_explorer']
 
-# %% ../nbs/82_apps_cres.ipynb #5d8aa4a1
+# %% ../nbs/82_apps_cres.ipynb #6711a10c
 import copy
 import math
 import os
@@ -42,7 +42,7 @@ from .cres.simulate import SimulateConfig, Simulator, waveforms
 from .cres.trap import Comb, Orbit, comb, orbit
 from .plots import COLOURS, STYLE
 
-# %% ../nbs/82_apps_cres.ipynb #886c715c
+# %% ../nbs/82_apps_cres.ipynb #fca463f7
 class QuickFigure(Figure):
     "A figure of fixed cells; on the screen, axes are drawn once and what is `moving` each time."
 
@@ -89,7 +89,7 @@ class QuickFigure(Figure):
             else:
                 Image.fromarray(self.pixels()).save(fname, "png", **(pil_kwargs or {}))
 
-# %% ../nbs/82_apps_cres.ipynb #ace8bfae
+# %% ../nbs/82_apps_cres.ipynb #98ca70aa
 def _looks(ax) -> tuple:
     "What the frame, ticks and texts of axes depend on."
     legend = ax.get_legend()
@@ -119,7 +119,7 @@ def _pixels(self: QuickFigure) -> np.ndarray:  # (height, width, 3) uint8
 
 QuickFigure.pixels = _pixels
 
-# %% ../nbs/82_apps_cres.ipynb #65e9ce73
+# %% ../nbs/82_apps_cres.ipynb #ed701a01
 @contextmanager
 def one_thread() -> Iterator[None]:
     "Calculate in one thread: faster for a single event."
@@ -164,7 +164,7 @@ class Setup:
             self._ridges[samples, sigma_V] = Ridge(self.at(samples, sigma_V), FINE, self._table)
         return self._ridges[samples, sigma_V]
 
-# %% ../nbs/82_apps_cres.ipynb #0561964c
+# %% ../nbs/82_apps_cres.ipynb #a481a5f5
 class Electron(NamedTuple):
     "An electron, its comb and its orbit."
 
@@ -192,7 +192,7 @@ def electron(
                           f"{1e3 * radius_m:g} mm", row="pitch angle", remedy="raise it")
     return Electron(*p, made, orbit(setup.trap, *([v] for v in p[:3]), nodes=48))
 
-# %% ../nbs/82_apps_cres.ipynb #9e2aa337
+# %% ../nbs/82_apps_cres.ipynb #7567e39c
 class Record(NamedTuple):
     "What the antenna gave, and what is known about it."
 
@@ -227,7 +227,7 @@ def simulated(
     truth = {"energy_eV": e.energy_eV, "pitch_angle_deg": e.pitch_angle_deg}
     return Record(ts, clean, sigma, r.sampling_rate_Hz, r.lo_frequency_Hz, truth)
 
-# %% ../nbs/82_apps_cres.ipynb #dfb49fb3
+# %% ../nbs/82_apps_cres.ipynb #4b101a6d
 class EventFile:
     "Events of a store, HDF5, pickle or egg file, one at a time; a long record without labels is cut into several."
 
@@ -277,7 +277,7 @@ def from_file(
     truth = {k: labels[k] for k in ("energy_eV", "pitch_angle_deg") if k in labels}
     return Record(ts, clean, level, file.events.sampling_rate_Hz, file.events.lo_frequency_Hz, truth), labels
 
-# %% ../nbs/82_apps_cres.ipynb #36a596f3
+# %% ../nbs/82_apps_cres.ipynb #88247f26
 def limit_covariance(
     f: Fisher,  # of one electron
 ) -> np.ndarray:  # (2, 2) of energy in eV and pitch angle in degrees
@@ -299,17 +299,16 @@ def spread(
         (m.energy_eV, m.pitch_angle_deg), (m.energy_sigma_eV, m.pitch_sigma_deg)))
     x = torch.stack([p.energy_eV, p.pitch_angle_deg], 1).numpy() - mean
     w = p.weight.numpy() * (np.abs(x[:, 0]) < 4 * sigma[0] + 1e-9)
-    across = float((w * x[:, 0] * x[:, 1]).sum() / w.sum())
-    bound = 0.999 * sigma[0] * sigma[1]
-    return mean, np.array([[sigma[0]**2, np.clip(across, -bound, bound)],
-                           [np.clip(across, -bound, bound), sigma[1]**2]])
+    moments = (w[:, None, None] * x[:, :, None] * x[:, None]).sum(0)  # of the centres of the cells
+    r = moments[0, 1] / max(math.sqrt(moments[0, 0] * moments[1, 1]), 1e-30)
+    return mean, np.outer(sigma, sigma) * np.array([[1, 0.999 * r], [0.999 * r, 1]])
 
 def nice(x: float) -> float:
     "The next of 1, 2, 5, 10, ... that is not smaller."
     ten = 10.0 ** math.floor(math.log10(max(x, 1e-30)))
     return ten * next(k for k in (1, 2, 5, 10) if k * ten >= x * (1 - 1e-9))
 
-# %% ../nbs/82_apps_cres.ipynb #e772cd25
+# %% ../nbs/82_apps_cres.ipynb #56cbc414
 class Answer(NamedTuple):
     "What a network says about one event."
 
@@ -340,13 +339,15 @@ def network_answer(
     doubts, other = [], config.data.simulate
     if config.data.source == "stream" and (other.trap, other.cavity) != (setup.config.trap, setup.config.cavity):
         doubts.append("trained on another trap")
-    if outside_range(p, trained.ranges())[0]:
+    ranges = trained.ranges()
+    beyond = any(not low <= record.truth.get(k, low) <= high for k, (low, high) in ranges.items())
+    if beyond or outside_range(p, ranges)[0]:
         doubts.append("outside of the range of its training")
     if record.samples > samples:
         doubts.append(f"of the first {samples:,} samples")
     return Answer(mean, sigma, found, weight, ", ".join(doubts))
 
-# %% ../nbs/82_apps_cres.ipynb #e1511235
+# %% ../nbs/82_apps_cres.ipynb #89f5e6c6
 def found_below(
     folder: str | os.PathLike = ".",
     depth: int = 4,  # folders below each other
@@ -372,7 +373,7 @@ def found_below(
             folders.clear()
     return tuple([os.fspath(p.relative_to(root)) for p in found] for found in (runs, files))
 
-# %% ../nbs/82_apps_cres.ipynb #860e4d13
+# %% ../nbs/82_apps_cres.ipynb #ff83f426
 def volts(peak_V: float) -> tuple[float, str]:
     "A factor and a unit for voltages of this size."
     return next(((f, u) for f, u in ((1e3, "mV"), (1e6, "µV")) if peak_V * f > 0.05), (1e9, "nV"))
@@ -405,7 +406,7 @@ class Waveform:
         top = nice(unit * peak)
         self.ax.set(ylim=(-top, top), ylabel=f"voltage [{name}]")
 
-# %% ../nbs/82_apps_cres.ipynb #5c38d1bd
+# %% ../nbs/82_apps_cres.ipynb #99db0c40
 def outline(
     x: np.ndarray,  # (n,) ascending
     y: np.ndarray,  # (n,)
@@ -431,7 +432,7 @@ def visible_lines(setup: Setup, e: Electron, record: Record) -> np.ndarray:  # (
     floor = max(VISIBLE * record.noise_power, 1e-6 * setup.config.receiver.amplitude_V**2)
     return line_powers(setup, e) > floor
 
-# %% ../nbs/82_apps_cres.ipynb #ad364601
+# %% ../nbs/82_apps_cres.ipynb #0b6b0726
 class SpectrumPanel:
     "Power spectrum of the record, the lines of the comb with their orders, and the level of the noise."
 
@@ -448,7 +449,7 @@ class SpectrumPanel:
                        for _ in range(self.labels)]
         fig.moving += [self.curve, self.noise, self.lines, *self.orders]
 
-# %% ../nbs/82_apps_cres.ipynb #3375efd1
+# %% ../nbs/82_apps_cres.ipynb #b6b593e7
 def _show_spectrum(self: SpectrumPanel, setup: Setup, record: Record, e: Electron | None) -> None:
     "Draw the spectrum; the limits are whole decades."
     z = torch.complex(record.ts[0, 0], record.ts[0, 1])
@@ -491,7 +492,7 @@ def _mark(self: SpectrumPanel, setup: Setup, record: Record, e: Electron | None,
 
 SpectrumPanel.show, SpectrumPanel._mark = _show_spectrum, _mark
 
-# %% ../nbs/82_apps_cres.ipynb #f0d34919
+# %% ../nbs/82_apps_cres.ipynb #2ae7b35e
 MAPS = ("spectrogram", "Q-transform")
 
 class TimeFrequency:
@@ -535,7 +536,7 @@ class TimeFrequency:
         self.ax.set(xlim=(0, end), ylim=(low, high))
         self.ax.set_title(f"{kind} [dB]", loc="left", fontsize=STYLE["axes.titlesize"])
 
-# %% ../nbs/82_apps_cres.ipynb #7588f882
+# %% ../nbs/82_apps_cres.ipynb #b6b729b2
 class OrbitPanel:
     "The field along the trap, and the path of the electron in it."
 
@@ -579,7 +580,7 @@ class OrbitPanel:
             self.paths[k].set_data(100 * z, y)
             self.turns[k].set_data(100 * z[ends], y[ends])
 
-# %% ../nbs/82_apps_cres.ipynb #103c0c05
+# %% ../nbs/82_apps_cres.ipynb #8434368c
 METHODS = {"truth": COLOURS[6], "network": COLOURS[1], "posterior": COLOURS[0], "limit": COLOURS[2]}
 
 def ellipse(
@@ -596,7 +597,7 @@ def is_narrow(covariance: np.ndarray, wide_eV: float = 5.0) -> bool:
     "Whether a mode is so narrow that an ellipse describes it."
     return covariance[0, 0] < wide_eV**2
 
-# %% ../nbs/82_apps_cres.ipynb #d504056c
+# %% ../nbs/82_apps_cres.ipynb #582eefd8
 class Plane:
     "Energy and pitch angle: truth, network, posterior and limit; relative to `centre` in a close-up."
 
@@ -618,7 +619,7 @@ class Plane:
         line.set_data(*xy)
         line.set_visible(True)
 
-# %% ../nbs/82_apps_cres.ipynb #e94e8cbb
+# %% ../nbs/82_apps_cres.ipynb #e153c809
 def _show_known(
     self: Plane,
     truth: np.ndarray | None = None,  # (2,)
@@ -654,7 +655,7 @@ def _show_known(
 
 Plane.show = _show_known
 
-# %% ../nbs/82_apps_cres.ipynb #8b33e6c2
+# %% ../nbs/82_apps_cres.ipynb #f1bfb0b3
 class EventFigure:
     "The figure of the explorer."
 
@@ -686,7 +687,7 @@ class EventFigure:
         for plane in (self.plane, self.close_up):
             plane.show(**known)
 
-# %% ../nbs/82_apps_cres.ipynb #622fc2af
+# %% ../nbs/82_apps_cres.ipynb #ca64a11a
 def _legend(
     self: EventFigure,
     names: Sequence[str],  # of methods
@@ -726,7 +727,7 @@ def _zoom(self: EventFigure, truth=None, network=None, posterior=None, limit=Non
 
 EventFigure.legend, EventFigure._zoom = _legend, _zoom
 
-# %% ../nbs/82_apps_cres.ipynb #3e4c5a3e
+# %% ../nbs/82_apps_cres.ipynb #7a1a59eb
 def estimate(mean: Sequence[float], sigma: Sequence[float]) -> str:
     "Energy and pitch angle with standard deviations, as text; to two digits of the latter."
     parts = []
@@ -736,7 +737,7 @@ def estimate(mean: Sequence[float], sigma: Sequence[float]) -> str:
             parts.append(f"{m:,.{digits}f}" + (f" ± {s:.{digits}f}{unit}" if s > 0 else unit))
     return ", ".join(parts)
 
-# %% ../nbs/82_apps_cres.ipynb #9d5e0fd9
+# %% ../nbs/82_apps_cres.ipynb #1a45467b
 def signal_numbers(setup: Setup, record: Record, e: Electron | None) -> dict:
     "What the comb of an electron and its record come to."
     about = {"record": f"{record.samples:,} samples, {1e6 * record.samples / record.sampling_rate_Hz:.2f} µs, "
@@ -756,7 +757,7 @@ def signal_numbers(setup: Setup, record: Record, e: Electron | None) -> dict:
         "signal-to-noise ratio": snr, "visible side lines": int((seen & ~main).sum()),
     }
 
-# %% ../nbs/82_apps_cres.ipynb #f1b60dd3
+# %% ../nbs/82_apps_cres.ipynb #78592a15
 LENGTHS = (2048, 4096, 8192, 16_384, 24_576)
 WIDE = {"style": {"description_width": "7em"}, "layout": {"width": "24em"}}
 
@@ -803,7 +804,7 @@ class CresExplorer(Explorer):
             "event": widgets.BoundedIntText(value=0, min=0, max=2**31, description="event", **WIDE),
         }
 
-# %% ../nbs/82_apps_cres.ipynb #cb9f9e7d
+# %% ../nbs/82_apps_cres.ipynb #32e8e029
 def _event(self: CresExplorer, v: dict) -> tuple[Record, Electron | None]:
     "The record and the electron that the controls ask for."
     make = lambda v: electron(  # noqa: E731
@@ -848,7 +849,7 @@ def _close_file(self: CresExplorer) -> None:
 
 CresExplorer._event, CresExplorer._to_labels, CresExplorer._close_file = _event, _to_labels, _close_file
 
-# %% ../nbs/82_apps_cres.ipynb #82ee716b
+# %% ../nbs/82_apps_cres.ipynb #091ad6ba
 def _draw(self: CresExplorer, values: dict) -> Iterator[tuple[Figure, dict]]:
     "Record and orbit, network, posterior and limit."
     path, trouble = values["run"].strip(), None
@@ -893,7 +894,7 @@ def _ask_network(self: CresExplorer, path: str, record: Record, known: dict) -> 
 
 CresExplorer.draw, CresExplorer._ask_network = _draw, _ask_network
 
-# %% ../nbs/82_apps_cres.ipynb #18368ab3
+# %% ../nbs/82_apps_cres.ipynb #b8e069a4
 def _find_limit(self: CresExplorer, record: Record, e: Electron | None, known: dict) -> dict:
     "Add posterior and limit to what is known; returns numbers."
     if e is None or not record.sigma_V > 0:
@@ -924,7 +925,7 @@ def _find_limit(self: CresExplorer, record: Record, e: Electron | None, known: d
 
 CresExplorer._find_limit = _find_limit
 
-# %% ../nbs/82_apps_cres.ipynb #def2e4ed
+# %% ../nbs/82_apps_cres.ipynb #c01b9575
 def _close(self: CresExplorer) -> None:
     "Take it off the page and close its file."
     self._close_file()

@@ -17,7 +17,7 @@ from deadlayer_cres.apps import Explorer
 from deadlayer_cres.core import ConfigError, DataError
 from deadlayer_cres.cres.data import Events, shared_data, write_store
 from deadlayer_cres.cres.evaluate import reconstruct
-from deadlayer_cres.cres.fit import Ridge, RidgeConfig, fisher
+from deadlayer_cres.cres.fit import Posterior, Ridge, RidgeConfig, fisher, modes
 from deadlayer_cres.cres.infer import Trained
 from deadlayer_cres.cres.model import EncoderConfig, ModelConfig
 from deadlayer_cres.cres.prep import PrepConfig
@@ -307,7 +307,21 @@ def test_the_network_answers_in_a_stage_of_its_own(fresh, run):
     assert np.allclose(answer.mean, p.mean[0]) and np.allclose(answer.sigma, p.sigma[0]) and len(answer.modes) > 1
     assert fresh.numbers["network"].startswith(apps.estimate(p.mean[0], p.sigma[0]))
     fresh.set(samples=4096)
-    assert "of the first 2,048 samples" in fresh.numbers["network"]
+    assert "of the first 2,048 samples" in fresh.numbers["network"] and "range" not in fresh.numbers["network"]
+    fresh.set(pitch_angle_deg=87.95, radius_mm=6.0)
+    assert "outside of the range of its training" in fresh.numbers["network"]
+
+
+def test_the_ellipse_of_a_mode_lies_along_its_cells():
+    x = torch.linspace(-1, 1, 41, dtype=torch.float64)
+    n = torch.zeros(41, dtype=torch.int64)
+    cells = (n, torch.ones(41) / 41, 18_600 + x, 89 - 0.1 * x, 0 * x, torch.zeros(1))
+    for width in (0.0, 2.0):
+        p = Posterior(*cells, width_eV=torch.full((41,), width), width_deg=torch.full((41,), width / 10))
+        mean, covariance = apps.spread(p, modes(p))
+        sigma = np.sqrt(np.diag(covariance))
+        assert np.allclose(mean, (18_600, 89)) and covariance[0, 1] / sigma.prod() < -0.99
+        assert math.isclose(sigma[0], float(p.sigma()), rel_tol=0.02)
 
 
 def test_a_network_that_does_not_fit_is_said(fresh, setup, run, tmp_path):

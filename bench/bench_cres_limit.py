@@ -285,7 +285,7 @@ def markov(density: "Likelihood", p: Posterior, steps: int, rng) -> dict:
 def reweighted(density: "Likelihood", ridge: Ridge, ts: np.ndarray, draws: int, rng) -> dict:
     "Mean, sigma and log evidence from cells, and from points drawn evenly within cells and weighted by their density."
     D = ridge.spectrum(torch.from_numpy(ts)[None])  # of narrow cells
-    c = ridge.cells(D)
+    c, _ = ridge.cells(D)
     value, energy, *_ = ridge.log_posterior(D, c)
     w = torch.softmax(value, 0)
     mean = float((w * energy).sum())

@@ -616,6 +616,19 @@ class Refiner:
         self.ridge, self.fitter = Ridge(self.simulator, config), Fitter(self.simulator)
         self.false_alarm = false_alarm
 
+    def checked(self, ts: Tensor) -> Tensor:
+        "Records (n, 2, samples), after their length and their noise were found right; else a `DataError` with the row."
+        if ts.dim() != 3 or tuple(ts.shape[1:]) != (2, self.ridge.samples):
+            raise DataError(f"records (n, 2, {self.ridge.samples})", f"shape {tuple(ts.shape)}")
+        check_noise(ts, self.ridge.sigma_V)
+        return ts
+
+    def flags(self, single: np.ndarray, log_evidence: np.ndarray, p_value: np.ndarray) -> dict[str, np.ndarray]:
+        "`FLAGS` of events, each (n,) bool."
+        without = log_evidence < 0
+        return dict(zip(FLAGS, (single & ~without, ~single & ~without, p_value < self.false_alarm, without),
+                        strict=True))
+
     def posterior(self, ts: Tensor, levels: Sequence[float], count: int) -> dict[str, Tensor]:
         "What a table holds of the posteriors of a few records (n, 2, samples)."
         p = self.ridge(ts)
@@ -625,28 +638,25 @@ class Refiner:
         return {"mean": torch.stack([p.mean(k) for k in _TARGETS], 1), "weight": weight, "modes": mean, "widths": width,
                 "sigma": torch.stack([p.sigma(k) for k in _TARGETS], 1), "single_mode": single_mode(p),
                 "quantiles": torch.stack([p.quantiles(levels, k) for k in _TARGETS], 1),
-                "log_evidence": p.log_evidence, **self.fitter.goodness(ts, f)}
+                "log_evidence": p.log_evidence, "converged": p.converged, **self.fitter.goodness(ts, f)}
 
 # %% ../../nbs/cres/32_refine.ipynb #5190dc0a
 def _refined(self: Refiner, p: Predictions, ts) -> tuple[Predictions, dict[str, np.ndarray]]:
     """Refined predictions for records (n, 2, samples) with noise, and their `FLAGS`, each (n,) bool.
 
-    The targets are energy, pitch angle and radius; the network's answers, log evidence, chi^2 and p-value become
-    observables.
-    Raises `DataError`, with the row, for records that are not of the simulator's length or hold no noise.
+    The targets are energy, pitch angle and radius; the network's answers, log evidence, chi^2, p-value and whether the
+    cells of the posterior were fine enough (`converged`, 1 or 0) become observables.
+    Raises `DataError`, with the row, for records that are not of the simulator's length, or whose noise is another.
     """
-    ts, parts, size, count = torch.as_tensor(ts), [], self.ridge.config.batch, 16
-    for a in range(0, len(ts), size):
-        try:
-            parts.append({k: v.cpu().numpy() for k, v in self.posterior(ts[a:a + size], p.levels, count).items()})
-        except DataError as e:
-            raise DataError(e.expected, e.found, e.path, e.row if e.row is None else a + int(e.row), e.remedy) from e
+    ts, size, count = self.checked(torch.as_tensor(ts)), self.ridge.config.batch, 16
+    parts = [{k: v.cpu().numpy() for k, v in self.posterior(ts[a:a + size], p.levels, count).items()}
+             for a in range(0, len(ts), size)]
     new = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-    single, evidence, chance = (new.pop(k) for k in ("single_mode", "log_evidence", "p_value"))
-    without = evidence < 0
-    flags = dict(zip(FLAGS, (single & ~without, ~single & ~without, chance < self.false_alarm, without), strict=True))
-    more = {"log_evidence": evidence, "chi2": new.pop("chi2"), "p_value": chance}
+    flags = self.flags(*(new[k] for k in ("single_mode", "log_evidence", "p_value")))
+    more = {k: new.pop(k).astype(float) for k in ("log_evidence", "converged", "chi2", "p_value")}
     more |= {f"network_{k}": p.mean[:, t] for t, k in enumerate(p.targets)}
+    del new["single_mode"]
+    without = flags["not_refined"]
     known = [(t, _TARGETS.index(k)) for t, k in enumerate(p.targets) if k in _TARGETS]
     for t, k in known:
         new["mean"][without, k], new["sigma"][without, k] = p.mean[without, t], p.sigma[without, t]

@@ -190,7 +190,7 @@ class RidgeConfig:
 
         Of events without a visible signal, whose posteriors are as wide as the priors, means are exact to a tenth.
         """
-        return cls(**{"resolution": 0.0, "weak": 0.05, "fade": 1.5} | changes)
+        return cls(**{"resolution": 0.0, "weak": 0.05, "fade": 1.5, "budget": 2**19} | changes)
 
 class Ridge:
     """The posterior of energy, pitch angle and radius of events of a simulator, with the priors that it draws from.

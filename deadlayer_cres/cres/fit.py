@@ -186,7 +186,7 @@ class RidgeConfig:
 
     @classmethod
     def exact(cls, **changes) -> "RidgeConfig":
-        """Some ten times slower: means and widths exact to some hundredths of the posterior's width.
+        """Ten to fifty times slower: means and widths exact to some hundredths of the posterior's width.
 
         Of events without a visible signal, whose posteriors are as wide as the priors, means are exact to a tenth.
         """

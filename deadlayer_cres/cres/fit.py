@@ -666,7 +666,7 @@ Ridge._kept, Ridge._needs = _kept, _needs
 
 # %% ../../nbs/cres/27_fit.ipynb #3dd0d97b
 def _cells(self: Ridge, D: Tensor, w: Windows | None = None) -> tuple[Cells, Tensor]:
-    "The cells that hold the posteriors of spectra D (n, M), and of which events (n,) they are as fine as they should be."
+    "The cells that hold the posteriors of spectra D (n, M), and of which events (n,) they are fine enough."
     n, w = len(D), self.windows(D) if w is None else w
     over = torch.zeros(n, dtype=torch.bool, device=D.device)
     fine = ~over

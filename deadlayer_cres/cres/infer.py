@@ -373,9 +373,9 @@ def refine_tracks(
 ) -> dict[str, np.ndarray]:  # columns `refined_...`, (n,)
     """Exact posteriors of whole tracks: mean and standard deviation of energy, pitch angle and radius.
 
-    Tracks begin and end as `start_time_s` and `track_length_s` say, where known. The flags are those of `cres.refine`,
-    0 or 1: `refined_single_mode`, `refined_ambiguous`, `refined_outlier`, and `refined_not_refined` where no electron is
-    seen and the values are those of the priors. `refined_p_value` is the probability that a track of this kind fits
+    Tracks begin and end as `start_time_s` and `track_length_s` say, where known. Flags are those of `cres.refine`,
+    0 or 1: `refined_single_mode`, `refined_ambiguous`, `refined_outlier`, and `refined_not_refined` where no electron
+    is seen and the values are those of the priors. `refined_p_value` is the probability that a track of this kind fits
     worse, `refined_main_mode_weight` what the posterior gives to its main mode, and `refined_converged` is 0 where its
     cells were not fine enough.
     """

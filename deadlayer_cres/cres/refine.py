@@ -225,7 +225,8 @@ class Fitter:
     ):
         s = simulator if isinstance(simulator, Simulator) else Simulator(simulator)
         for ok, expected, row in ((s.whole_records, "tracks that fill their records", "tracks"),
-                                  (s.noise.spectrum is None and s.noise.sigma_V > 0, "white noise above 0 V", "receiver.noise_sigma_V"),
+                                  (s.noise.spectrum is None and s.noise.sigma_V > 0, "white noise above 0 V",
+                                   "receiver.noise_sigma_V"),
                                   (s.trap.symmetric, "a symmetric trap", "trap")):
             if not ok:
                 raise ConfigError(expected, "something else", row=row)

@@ -775,8 +775,8 @@ class Posterior:
     pitch_angle_deg: Tensor  # (m,)
     radius_m: Tensor  # (m,)
     log_evidence: Tensor  # (n,) natural logarithm of the evidence of an electron against that of noise alone
-    width_eV: Tensor | float = 0.0  # (m,) in energy, of cells whose weight is a mean over the cell
-    width_deg: Tensor | float = 0.0  # (m,) in pitch angle
+    width_eV: Tensor | float = 0.0  # (m,) of cells whose weight is a mean over the cell
+    width_deg: Tensor | float = 0.0  # (m,)
     converged: Tensor | bool = True  # (n,) whether the cells of an event are as fine as they should be
 
     def __len__(self) -> int:
@@ -792,8 +792,7 @@ class Posterior:
 
     def sigma(self, name: str = "energy_eV") -> Tensor:  # (n,)
         "Posterior standard deviation."
-        away = getattr(self, name) - self.mean(name)[self.event]
-        return _total(self.weight * (away**2 + self.width(name)**2 / 12), self.event, len(self)).sqrt()
+        return _total(self.weight * ((getattr(self, name) - self.mean(name)[self.event]) ** 2 + self.width(name)**2 / 12), self.event, len(self)).sqrt()
 
     def mode(self, name: str = "energy_eV") -> Tensor:  # (n,)
         "Value at the cell of the highest weight."
@@ -817,16 +816,15 @@ class Posterior:
     def below(self, value: Tensor, name: str = "energy_eV") -> Tensor:  # (n,)
         "Probability of less than `value` (n,); of true values it is uniform."
         above = value[self.event] - getattr(self, name)
-        width = torch.as_tensor(self.width(name)).clamp(min=1e-12)
-        return _total(self.weight * (above / width + 0.5).clamp(0, 1), self.event, len(self))
+        return _total(self.weight * (above / torch.as_tensor(self.width(name)).clamp(min=1e-12) + 0.5).clamp(0, 1), self.event, len(self))
 
     def select(self, event: int) -> "Posterior":
         "The posterior of one event."
         i = self.event == event
-        return Posterior(self.event[i] * 0, self.weight[i], self.energy_eV[i], self.pitch_angle_deg[i],
-                         self.radius_m[i], self.log_evidence[event:event + 1],
-                         *(v[i] if isinstance(v, Tensor) else v for v in (self.width_eV, self.width_deg)),
-                         self.converged[event:event + 1] if isinstance(self.converged, Tensor) else self.converged)
+        part = lambda v, i: v[i] if isinstance(v, Tensor) else v  # noqa: E731
+        return Posterior(self.event[i] * 0, *(part(v, i) for v in (self.weight, self.energy_eV, self.pitch_angle_deg,
+                         self.radius_m)), self.log_evidence[event:event + 1], part(self.width_eV, i),
+                         part(self.width_deg, i), part(self.converged, slice(event, event + 1)))
 
 # %% ../../nbs/cres/27_fit.ipynb #3146fa3b
 def _runs(p: Posterior, gap_eV: float, tail: float) -> tuple[Tensor, Tensor]:

@@ -422,7 +422,7 @@ def _fit(
     starts: Tensor,  # (n, M, 3) energy (eV), pitch angle (degrees), radius (m); NaN where there are fewer than M
     keep: int = 3,  # maxima of the grid about a start that are climbed
 ) -> Fitted:
-    "Fit records from starting points. Raises `DataError` for shapes that do not fit and events without a start, and for other noise."
+    "Fit records from starting points. Raises `DataError` for wrong shapes, events without a start, and other noise."
     ts = torch.as_tensor(ts).to(self.device, torch.float32)
     starts = torch.as_tensor(starts, dtype=torch.float64, device=self.device)
     if ts.dim() != 3 or ts.shape[1] != 2 or starts.dim() != 3 or starts.shape[::2] != (len(ts), 3):

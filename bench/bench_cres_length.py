@@ -11,8 +11,8 @@ a length all rows are of the same events; there are fewer of them in records of 
   the length, so it is left out beyond 24,576 samples);
 - `comb`: `cres.comb`, combs without a trap model and a regression on labelled events of another seed;
 - `posterior`: `cres.fit.Ridge`, default settings;
-- `likelihood`: `cres.refine.Fitter` from the best places of the posterior, no network; beyond 100 microseconds of that
-  of the first 8,192 samples, with `Fitter.grow`;
+- `likelihood`: `cres.refine.Fitter` from the best places of the posterior of the whole record, no network, where its
+  modes hold all of the evidence, else the posterior (`Fitter.combined`);
 - `network`: the networks `RUNS/cca-8k/fold` and `RUNS/cca-24k/fold` of bench_cres_compare.py, at their own lengths. The
   first was trained on 18.5 to 18.7 keV, and so knows less beforehand than the other rows;
 - `limit`: the mean of the posterior with cells as fine as the likelihood. Beyond 100 microseconds (40,300 samples) each
@@ -21,7 +21,8 @@ a length all rows are of the same events; there are fewer of them in records of 
 `published` holds the widths of the cores that the published network reaches (public notebooks of neutrino_project: S4D,
 6 x 128, on the FFT), and what the collaboration aims at: of another trap, other energies and another coupling, so that
 they tell orders of magnitude. Results go to bench/results/cres_length.json, a length at a time; lengths that are not
-asked for keep their last results.
+asked for keep their last results. With `--rows likelihood limit` only these rows are renewed, for the events that the
+length has.
 """
 import argparse
 import time
@@ -76,17 +77,13 @@ def posterior(ridge: Ridge, events) -> Predictions:
 
 
 def likelihood(simulator: Simulator, events) -> Predictions:
-    "Moments of the modes that the likelihood has about the best places of the posterior."
-    fitter, samples, parts = Fitter(simulator), events.samples, []
-    first = samples if exact(samples) else 8192
-    ridge = Ridge(simulator_of(first))
+    "Moments of the modes that the likelihood has about the best places of the posterior, or of the posterior."
+    fitter, ridge, parts = Fitter(simulator), Ridge(simulator), []
     for a in range(0, len(events), 16):
         ts = torch.as_tensor(events.ts[a:a + 16])
-        starts = fitter.starts(ridge(ts[..., :first]), first, 24)
-        f = fitter(ts, starts, 2) if samples == first else fitter.grow(ts, starts, first)
-        parts.append(torch.stack([torch.stack(f.moments(k), 1) for k in TARGETS], 2))
-    both = torch.cat(parts).numpy()  # (n, 2, targets)
-    return Predictions(TARGETS, both[:, 0], both[:, 1], truth=events.columns)
+        parts.append(torch.stack(fitter.combined(ts, ridge(ts))[:2], 1))
+    both = torch.cat(parts).numpy()  # (n, 2, energy, pitch angle and radius)
+    return Predictions(TARGETS, both[:, 0, :2], both[:, 1, :2], truth=events.columns)
 
 
 def trained(run: Path, events) -> Predictions:
@@ -137,6 +134,22 @@ def search(detector, events) -> Predictions:
     return Predictions(detector.targets, mean, sigma, events.columns, found)
 
 
+def renewed(before: dict, names: list[str]) -> dict:
+    "The rows of a length with `likelihood` and `limit`, or one of them, calculated anew."
+    samples, n, rows = before["samples"], before["events"], dict(before["rows"])
+    simulator, found = simulator_of(samples), {}
+    events = simulator.events(n)
+    for name in ("limit", "likelihood"):
+        if name in names and name in rows:
+            began = time.process_time()
+            found[name] = (posterior(Ridge(simulator, RidgeConfig.exact()), events) if name == "limit" else
+                           likelihood(simulator, events))
+            m = figures_of_merit(found[name], limit=None if name == "limit" else found.get("limit"))["energy_eV"]
+            rows[name] = {"what": WHAT[name], "merit": m, "machine": about(),
+                          "events_per_cpu_second": n / (time.process_time() - began)}
+    return before | {"rows": rows}
+
+
 def at_length(samples: int, n: int, train: int, runs: Path | None) -> dict:
     "The rows of a length."
     found = predictions(samples, n, train, runs)
@@ -168,13 +181,15 @@ def main() -> None:
     p.add_argument("--events", type=int, default=256, help="of records of up to 49,152 samples")
     p.add_argument("--train", type=int, default=2048, help="labelled events of the regression, likewise")
     p.add_argument("--runs", type=Path, help="folder of the runs of bench_cres_compare.py; without it no network")
+    p.add_argument("--rows", nargs="+", choices=("likelihood", "limit"), help="renew only these")
     p.add_argument("--out", type=Path, default=HERE / "results" / "cres_length.json")
     o = p.parse_args()
     torch.set_num_threads(1)
     for samples in o.lengths:
-        result = at_length(samples, fewer(o.events, samples), o.train, o.runs)
-        print(shown(result), flush=True)
         before = read_json(o.out)["lengths"] if o.out.exists() else {}
+        result = renewed(before[str(samples)], o.rows) if o.rows else at_length(
+            samples, fewer(o.events, samples), o.train, o.runs)
+        print(shown(result), flush=True)
         lengths = {k: v for k, v in sorted((before | {str(samples): result}).items(), key=lambda kv: int(kv[0]))}
         write_json(o.out, {"published": PUBLISHED, "lengths": lengths})
 

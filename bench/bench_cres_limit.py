@@ -140,7 +140,7 @@ def limit(name: str, n: int, save: Path | None, config: RidgeConfig, resume: boo
                         "median_main_mode_sigma_over_bound": rounded(
                             np.median(s["main_mode_sigma_eV"][one] / bound[one]))},
         "median_sigma_over_bound_of_the_others": rounded(np.median((sigma / bound)[~one])),
-        "log_evidence_above_10": share(s["log_evidence"] > 10),
+        "not_converged": int((~s["converged"]).sum()), "log_evidence_above_10": share(s["log_evidence"] > 10),
         "by_pitch_angle_deg": binned(s, truth, truth["pitch_angle_deg"], (88, 88.1, 88.3, 88.6, 88.9, 89.2, 89.6, 90)),
         "by_radius_mm": binned(s, truth, 1e3 * truth["radius_m"], (0, 1, 2, 3, 4, 5, 6, 6.5)),
         "by_sigma_eV": binned(s, truth, sigma, (0, 0.1, 0.3, 1, 3, 10, 30, 100)),
@@ -196,7 +196,7 @@ def save_events(path: Path, s: dict, truth: dict) -> None:
     of = [np.stack([s[f"{k}_{what}"] for k in names], 1) for what in ("mean", "sigma", "quantiles")]
     write_table(path.with_suffix(".csv"), Predictions(
         names, *of[:2], truth={k: v[:n] for k, v in truth.items()}, quantiles=of[2], levels=LEVELS,
-        observables={k: s[k].astype(float) for k in ("log_evidence", "single_mode")}))
+        observables={k: s[k].astype(float) for k in ("log_evidence", "single_mode", "converged")}))
     with atomic_path(path.with_suffix(".npz")) as part, open(part, "wb") as file:
         np.savez(file, levels=LEVELS, **s)
 
@@ -285,7 +285,7 @@ def markov(density: "Likelihood", p: Posterior, steps: int, rng) -> dict:
 def reweighted(density: "Likelihood", ridge: Ridge, ts: np.ndarray, draws: int, rng) -> dict:
     "Mean, sigma and log evidence from cells, and from points drawn evenly within cells and weighted by their density."
     D = ridge.spectrum(torch.from_numpy(ts)[None])  # of narrow cells
-    c = ridge.cells(D)
+    c, _ = ridge.cells(D)
     value, energy, *_ = ridge.log_posterior(D, c)
     w = torch.softmax(value, 0)
     mean = float((w * energy).sum())

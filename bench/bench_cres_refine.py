@@ -11,9 +11,14 @@ On the first events of `cca-8k` and `cca-24k`, with standard errors:
 - `network, refined`: what `cres infer --refine` writes, `cres.refine.Refiner` with its default settings;
 - `network modes, fitted`: `cres.refine.Fitter` from the modes of the network alone, at three radii each, weighed
   by evidence;
-- `posterior, fitted`: `Fitter` from the best places of the posteriors, their modes weighed by evidence;
+- `posterior, fitted`: `Fitter` from the best places of the posteriors, where its modes hold all of the evidence, else
+  the posteriors (`Fitter.combined`);
 - `limit`: the mean of the exact posterior, from a table of `cres.evaluate.write_table` given with `--exact`, else
   calculated by `cres.fit.Ridge` with the settings `RidgeConfig.exact()`.
+
+`network kept` tells what would be lost and gained if the network's answer stood for part of the events, those of the
+smallest or of the largest sigma of the network: RMS error over that of refining all, the same of the best quarter by
+the final sigma, and the speed over that of refining all.
 
 Single-mode events are those that the refined table flags. `merit` holds the figures of merit of
 `cres.evaluate.figures_of_merit`. Times are those of the process (CPU seconds) per event.
@@ -113,7 +118,7 @@ def main(name: str, n: int, table: str | None, run: str | None) -> dict:
     (refined, flags), times["network, refined"] = timed(refiner, found.get("network", blind), events.ts)
     found["network, refined"] = refined
     times["network, refined"] += times.get("network") or 0
-    samples, fitter = events.samples, refiner.fitter
+    fitter = refiner.fitter
     if "network" in found:
         radii = torch.tensor([2e-3, 3.5e-3, 5e-3], dtype=torch.float64)
 
@@ -126,19 +131,38 @@ def main(name: str, n: int, table: str | None, run: str | None) -> dict:
         found[label], times[label] = timed(fitted, fitter, events[:SLOW], network_modes)
         times[label] += times["network"] * len(found[label]) / n
 
-    def posterior_places(a):
-        rows = [fitter.starts(refiner.ridge(torch.as_tensor(events.ts[b:min(b + 16, a + 64)])), samples, 24)
-                for b in range(a, min(a + 64, n), 16)]
-        most = max(r.shape[1] for r in rows)
-        return torch.cat([torch.nn.functional.pad(r, (0, 0, 0, most - r.shape[1]), value=torch.nan) for r in rows])
+    def from_posterior():
+        parts = []
+        for a in range(0, n, 16):
+            ts = torch.as_tensor(events.ts[a:a + 16])
+            parts.append(torch.stack(fitter.combined(ts, refiner.ridge(ts))[:2], 1))
+        both = torch.cat(parts).cpu().numpy()[..., :2]
+        return Predictions(TARGETS, both[:, 0], both[:, 1], truth=events.columns)
 
-    found["posterior, fitted"], times["posterior, fitted"] = timed(fitted, fitter, events, posterior_places)
+    found["posterior, fitted"], times["posterior, fitted"] = timed(from_posterior)
     found["limit"] = limit
     single = flags["single_mode"]
     out = {"events": n, "checksum": CHECKSUMS[name], "flags": {k: share(v) for k, v in flags.items()},
            **{k: merits(p, limit[:len(p)], single[:len(p)], times.get(k)) for k, p in found.items()}}
     if "network" in found:
+        out["network kept"] = kept(found["network"], refined, times["network"] / times["network, refined"])
         out["network against posterior"] = compared(refiner, found["network"][:256], events.ts[:256])
+    return out
+
+
+def kept(network: Predictions, refined: Predictions, share: float) -> dict:
+    "Refining part of the events; the network takes `share` of the time that refining all takes with it."
+    order, all_, out = np.argsort(network.sigma[:, 0]), residual(refined), {}
+    best = lambda r, sigma: np.sqrt(np.mean(r[np.argsort(sigma)[:len(r) // 4]] ** 2))  # noqa: E731
+    for part in (0.1, 0.2, 0.3, 0.5, 0.7):
+        k = round(part * len(order))
+        row = {"speed": rounded(1 / (1 - part * (1 - share)))}
+        for name, i in (("smallest", order[:k]), ("largest", order[len(order) - k:])):
+            r, sigma = all_.copy(), refined.sigma[:, 0].copy()
+            r[i], sigma[i] = residual(network)[i], network.sigma[i, 0]
+            row[name] = {"rms": rounded(np.sqrt(np.mean(r**2) / np.mean(all_**2))),
+                         "best_quarter": rounded(best(r, sigma) / best(all_, refined.sigma[:, 0]))}
+        out[f"{part:g}"] = row
     return out
 
 

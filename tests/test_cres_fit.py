@@ -14,16 +14,20 @@ from deadlayer_cres.cres.fit import (
     Posterior,
     Ridge,
     RidgeConfig,
+    _between,
+    _log_i0,
     detection_threshold,
     fisher,
     line_information,
     modes,
     noise_evidence,
+    noise_level,
     single_mode,
     summaries,
     trap_table,
     unknown_start,
 )
+from deadlayer_cres.cres.refine import comb_table, lines
 from deadlayer_cres.cres.simulate import TEST_SETS, ReceiverConfig, SimulateConfig, Simulator, TrackConfig, test_set
 from deadlayer_cres.cres.trap import comb, cyclotron_frequency
 
@@ -109,7 +113,7 @@ def test_prior_of_the_table_is_that_of_the_simulation(simulator, ridge):
 @pytest.mark.parametrize("row", [CLEAR, AMBIGUOUS, FOLD])
 def test_likelihood_of_cells_is_that_of_the_samples(simulator, exact, events, row):
     D = exact.spectrum(record(events, row))
-    cells = exact.cells(D)
+    cells, _ = exact.cells(D)
     value, *where = exact.log_posterior(D, cells)
     place = exact.places(cells)
     i = value.argsort(descending=True)[:100:12]
@@ -159,11 +163,46 @@ def test_radius_is_fine_near_the_fold():
 
 def test_finer_cells_change_little(simulator, ridge, exact, events):
     rows = torch.from_numpy(events.ts[[CLEAR, FOLD, 38]])
-    fine = Ridge(simulator, RidgeConfig.exact(step=0.8, fade=0.8, cut=15.0, tail=1e-4, weak=0.0), ridge.table)(rows)
+    fine = Ridge(simulator, RidgeConfig.exact(step=0.8, fade=0.8, cut=15.0, tail=1e-4, weak=0.0, budget=2**20),
+                 ridge.table)(rows)
     usual = exact(rows)
     assert ((usual.mean() - fine.mean()).abs() / fine.sigma() < 0.08).all()
     assert ((usual.sigma() / fine.sigma() - 1).abs() < 0.08).all()
     assert (usual.log_evidence - fine.log_evidence).abs().max() < 0.3
+
+
+def test_events_without_a_signal_are_those_of_the_prior_weighed_by_the_likelihood(simulator, exact):
+    "Brute force: electrons drawn from the prior, phases independent; of events that go beyond the budget of cells."
+    ts, names = torch.from_numpy(test_set("cca-8k", 139, device="cpu").ts[[15, 138]]), ("energy_eV", "radius_m")
+    p, w = exact(ts), exact.windows(exact.spectrum(ts))
+    assert p.converged.all() and (p.log_evidence < 0).all()
+    table, value, energy = comb_table(simulator, angles=129, radii=12), [], []
+    for first in range(0, 2**18, 2**15):
+        d = simulator.draw(2**15, 10**7 + first)
+        c = lines(table, simulator.config.cavity, *(d[k] for k in (names[0], "pitch_angle_deg", names[1])))
+        f, a = c.frequency_Hz[:, 1:5], c.amplitude[:, 1:5].abs()  # orders -4 to 2
+        place = ((f - exact.start_Hz) / exact.step_Hz).flatten()
+        g = (a * exact.snr) ** 2
+        value.append(torch.stack([(_log_i0(2 * g.sqrt() * _between(
+            w.spectrum, torch.full_like(place, k).long(), place).abs().view(g.shape)) - g).sum(1) for k in (0, 1)]))
+        energy.append(d["energy_eV"])
+    weight, energy = torch.cat(value, 1).exp(), torch.cat(energy)
+    mean = (weight * energy).sum(1) / weight.sum(1)
+    away = energy - mean[:, None]
+    error = (weight * away).square().sum(1).sqrt() / weight.sum(1)
+    assert error.max() < 6 and ((p.mean() - mean).abs() < 3 * error + 2).all()
+    assert (p.sigma() / ((weight * away**2).sum(1) / weight.sum(1)).sqrt() - 1).abs().max() < 0.1
+    assert (p.log_evidence - weight.mean(1).log()).abs().max() < 0.3
+
+
+def test_the_budget_of_cells_hardly_matters_and_its_end_is_told(simulator, ridge, exact, events):
+    ts = torch.from_numpy(test_set("cca-8k", 139, device="cpu").ts[[15, 31, 138]])
+    less = Ridge(simulator, RidgeConfig.exact(budget=2**13), ridge.table)(ts)
+    usual = exact(ts)
+    assert less.converged.all() and ((less.mean() - usual.mean()).abs() < 0.1 * usual.sigma()).all()
+    assert (less.sigma() / usual.sigma() - 1).abs().max() < 0.05
+    tiny = summaries(Ridge(simulator, RidgeConfig.exact(budget=16), ridge.table), ts[1:2])
+    assert not tiny["converged"].any() and summaries(ridge, ts[1:2])["converged"].all()
 
 
 def test_wide_cells_have_the_moments_of_narrow_ones(ridge, exact, events):
@@ -324,6 +363,17 @@ def test_wrong_records(ridge):
         ridge(torch.zeros(1, 2, 8192))
     with pytest.raises(DataError, match="one record"):
         ridge(torch.zeros(0, 2, 8192))
+
+
+@pytest.mark.parametrize("scale", [1e3, 1e-3, 2.5, 0.4])
+def test_noise_of_another_level_is_named_with_its_row(ridge, events, scale):
+    ts = torch.from_numpy(events.ts[:40].copy())
+    ts[37] *= scale
+    with pytest.raises(DataError, match="0.0471 V") as e:
+        ridge(ts)
+    assert e.value.row == 37 and "noise_sigma_V" in e.value.remedy
+    level = float(noise_level(ts[37:38]))
+    assert abs(level / (0.0471 * scale) - 1) < 0.15 and f"{level:.3g}" in e.value.found
 
 
 @pytest.mark.parametrize(("settings", "match"), [

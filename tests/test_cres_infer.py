@@ -3,6 +3,7 @@ import os
 import pickle
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import numpy as np
 import pandas as pd
@@ -469,6 +470,33 @@ def test_whole_tracks_are_refined_wherever_they_lie():
     columns = tracks.columns | {"start_time_s": np.full(6, 1500 / 403e6), "track_length_s": np.full(6, 16_384 / 403e6)}
     moved = inf.refine_tracks(strong_refiner, replace(tracks, ts=around, columns=columns))
     assert all(np.array_equal(moved[k], plain[k]) for k in plain)
+    assert plain["refined_converged"].all() and not (plain["refined_outlier"] + plain["refined_not_refined"]).any()
+    assert (plain["refined_single_mode"] + plain["refined_ambiguous"] == 1).all()
+    tone = 0.02 * np.exp(2j * np.pi * -30e6 / 403e6 * np.arange(16_384))
+    noise = np.random.default_rng(1).normal(0, 0.0471, (1, 2, 16_384))
+    ts = np.concatenate([tracks.ts[:1] + np.stack([tone.real, tone.imag]), noise]).astype("float32")
+    other = inf.refine_tracks(strong_refiner, Events(ts, {}))
+    assert other["refined_outlier"][0] == 1 and other["refined_not_refined"].tolist() == [0, 1]
+    assert not (other["refined_single_mode"][1] or other["refined_ambiguous"][1])
+
+
+def test_recordings_in_millivolts_are_refused_before_the_network(tmp_path, long_run, monkeypatch):
+    loud = simulate_events(6, SimulateConfig(), noise="added")
+    loud.ts[4:] *= 1000
+    write_store(loud, tmp_path / "loud.h5")
+    trained = inf.Trained.open(long_run.path, "cpu")
+    monkeypatch.setattr(inf, "reconstruct", lambda *a, **k: pytest.fail("asked the network"))
+    with pytest.raises(DataError, match=r"loud\.h5.*0\.0471 V.*4[0-9.]+ V") as e:
+        inf.infer_files(trained, tmp_path / "loud.h5", tmp_path / "out.csv", "none", refine=True)
+    assert e.value.row == 4 and not (tmp_path / "out.csv").exists()
+    with pytest.raises(DataError, match=r"0\.0471 V") as e:
+        inf.refine_tracks(partial(inf.refiner_for, trained), loud)
+    assert e.value.row == 4
+    monkeypatch.undo()
+    for sigma in (0.0, -1.0):
+        with pytest.raises(ConfigError, match="noise_sigma_V"):
+            silent = SimulateConfig(receiver=ReceiverConfig(noise_sigma_V=sigma))
+            inf.infer_files(trained, tmp_path / "loud.h5", tmp_path / "out.csv", "none", refine=silent)
 
 
 def test_tracks_of_different_lengths_keep_their_order():

@@ -8,7 +8,7 @@ import torch
 
 from deadlayer_cres.core import ConfigError, DataError, torch_rng
 from deadlayer_cres.cres.evaluate import Predictions, read_table, residual, write_table
-from deadlayer_cres.cres.fit import Modes, Posterior, fisher
+from deadlayer_cres.cres.fit import Modes, Posterior, Ridge, fisher
 from deadlayer_cres.cres.refine import (
     FLAGS,
     NAMES,
@@ -193,28 +193,31 @@ def test_goodness_tells_what_is_wrong(fitter, events, found):
     assert (twice["p_value"] < 0.01).double().mean() > 0.7
 
 
-def test_long_records_grow(table):
-    config = replace(BASE, receiver=ReceiverConfig(samples=163_840, amplitude_V=0.03))
-    f = fitter_of(table, config)
-    events = f.simulator.events(6)
-    true = truth_of(events)
-    starts = half_bins_off(f, true, 8192)
-    found, short = f.grow(events.ts, starts), f(events.ts[:, :, :8192], starts)
-    error = (found.column()[:, 0] - true[:, 0]).abs()
-    assert error.median() < 0.02
-    narrower = found.sigma()[:, 0] / short.sigma()[:, 0]
-    assert narrower.median() < 1.2 * 20**-0.5  # the radius, seen in amplitudes, decides
+def test_long_records_are_fitted_from_their_posterior():
+    simulator = Simulator(replace(TEST_SETS["cca-24k"], receiver=ReceiverConfig(samples=49_152)), device="cpu")
+    events, f, ridge = simulator.events(24), Fitter(simulator), Ridge(simulator)
+    true = torch.as_tensor(events.columns["energy_eV"])
+    p = ridge(torch.from_numpy(events.ts))
+    mean, sigma, whole = f.combined(events.ts, p)
+    z, before = (mean[:, 0] - true) / sigma[:, 0], (p.mean() - true) / p.sigma()
+    assert 0.6 < float(z.square().mean().sqrt()) < 1.4 and z.abs().max() < 4  # events 2 and 17 have two modes
+    assert 8 < whole.sum() < 20 and torch.equal(mean[~whole, 0], p.mean()[~whole])
+    assert (z - before)[~whole].abs().max() == 0 < (z - before)[whole].abs().min()
+    assert (mean[:, 0] - true).square().mean().sqrt() < 1.1 * (p.mean() - true).square().mean().sqrt()
 
 
 def test_starts_are_the_best_cells_of_boxes():
-    e = torch.tensor([0, 0, 0, 1])
-    p = Posterior(e, torch.tensor([0.5, 0.4, 0.1, 1.0]).double(),
-                  torch.tensor([18_600.0, 18_600.01, 18_650.0, 18_550.0]).double(), torch.full((4,), 89.0).double(),
-                  torch.full((4,), 3e-3).double(), torch.zeros(2).double())
+    e = torch.tensor([0, 0, 0, 0, 0, 1])
+    p = Posterior(e, torch.tensor([0.4, 0.3, 0.1, 0.05, 0.15, 1.0]).double(),
+                  torch.tensor([18_600.0, 18_600.01, 18_650.0, 18_600.0, 18_600.0, 18_550.0]).double(),
+                  torch.full((6,), 89.0).double(), torch.tensor([3, 3, 3, 5, 4, 3]).double() / 1e3,
+                  torch.zeros(2).double())
     f = fitter_of(comb_table(Simulator(BASE, device="cpu"), angles=17, radii=5))
-    starts = f.starts(p, 8192, 4)
-    assert starts.shape == (2, 2, 3) and starts[0, :, 0].tolist() == [18_600.0, 18_650.0]
-    assert starts[1, 0, 0] == 18_550.0 and starts[1, 1].isnan().all()
+    starts = f.starts(p, 8192, 4)  # of 18,600 eV the second and third place count half and a third: 0.075 and 0.017
+    assert starts.shape == (2, 4, 3) and starts[0, :, 0].tolist() == [18_600.0, 18_650.0, 18_600.0, 18_600.0]
+    assert starts[0, :, 2].tolist() == [3e-3, 3e-3, 4e-3, 5e-3]
+    assert starts[1, 0, 0] == 18_550.0 and starts[1, 1:].isnan().all()
+    assert f.starts(p, 8192, 2).shape == (2, 2, 3)
 
 
 def test_series_are_projections():
@@ -274,7 +277,7 @@ def test_refined_answers_are_those_of_the_posterior(refiner, records, refined):
         assert np.allclose(p.quantiles[:16, t], exact.quantiles(p.levels, name))
     assert not flags["outlier"].any() and not flags["not_refined"].any()
     assert (flags["single_mode"] ^ flags["ambiguous"]).all() and 2 < flags["single_mode"].sum() < 20
-    assert np.allclose(p.observables["network_energy_eV"], 18_600)
+    assert np.allclose(p.observables["network_energy_eV"], 18_600) and (p.observables["converged"] == 1).all()
     z = (residual(p) / p.sigma[:, 0])[flags["single_mode"]]
     assert np.sqrt(np.mean(z**2)) < 2
 
@@ -310,10 +313,12 @@ def test_noise_is_not_refined_and_another_electron_is_an_outlier(refiner, record
 def test_records_that_cannot_be_refined_are_named(refiner, records):
     with pytest.raises(DataError, match="8192"):
         refiner(blind(records[:2]), records.ts[:2, :, :4096])
-    clean = np.concatenate([records.ts[:17], np.zeros((1, 2, 8192), np.float32)])
-    with pytest.raises(DataError) as e:
-        refiner(blind(records[:18]), clean)
-    assert e.value.row == 17
+    for other in (np.zeros((1, 2, 8192), np.float32), 1e3 * records.ts[17:18]):
+        with pytest.raises(DataError, match="noise of about 0.0471 V") as e:
+            refiner(blind(records[:18]), np.concatenate([records.ts[:17], other]))
+        assert e.value.row == 17
+    with pytest.raises(DataError, match="noise") as e:
+        refiner.fitter(1e3 * records.ts[:1], torch.tensor([[[18_600.0, 89, 3e-3]]]))
 
 
 def test_mode_table_is_that_of_its_cells():

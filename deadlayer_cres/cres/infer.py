@@ -215,27 +215,29 @@ def _blocks(trained: Trained, events: Events | EventStore, path: Path, noise: st
         here = slice(start, start + size)
         with about(path):
             block = events[here] if isinstance(events, Events) else events.read(here, samples, recorded)
-            with _rows_from(start, path):
+            with _rows_of(range(start, start + size), path):
                 block.validate()
             if mode == "auto":
                 clean = needs_noise(trained.pipeline, torch.from_numpy(block.ts[:, :, :samples]))
                 mode = "add" if clean else "none"
                 summary.clean += [os.fspath(path)] if clean else []
-            p = trained.calibrated(reconstruct(trained.pipeline, block, mode, samples, size, first=start))
-            flags = {}
             if refiner is not None:
-                with _rows_from(start, path):
-                    p, flags = refiner(p, _as_seen(trained.pipeline, block, mode, samples, start))
+                with _rows_of(range(start, start + size), path):
+                    ts = refiner.checked(_as_seen(trained.pipeline, block, mode, samples, start))
+            p, flags = trained.calibrated(reconstruct(trained.pipeline, block, mode, samples, size, first=start)), {}
+            if refiner is not None:
+                with _rows_of(range(start, start + size), path):
+                    p, flags = refiner(p, ts)
             yield start, p, flags
 
 @contextlib.contextmanager
-def _rows_from(start: int, path: Path) -> Iterator[None]:
-    "Count the row that a `DataError` names from the start of the file."
+def _rows_of(rows: Sequence[int], path: Path | None = None) -> Iterator[None]:
+    "Have a `DataError` name the row of the file, out of those that were looked at."
     try:
         yield
     except DataError as e:
-        row = start + e.row if isinstance(e.row, int) else e.row
-        raise DataError(e.expected, e.found, path, row, e.remedy) from e
+        row = int(rows[e.row]) if isinstance(e.row, int) else e.row
+        raise DataError(e.expected, e.found, path or e.path, row, e.remedy) from e
 
 def _as_seen(pipeline, block: Events, mode: str, samples: int, first: int) -> torch.Tensor:  # (n, 2, samples)
     "Records with the noise that `reconstruct` gives them."
@@ -362,6 +364,8 @@ def infer_track(
     return result
 
 # %% ../../nbs/cres/28_infer.ipynb #f9af8770
+_TRACK_FLAGS = ("single_mode", "ambiguous", "outlier", "not_refined")
+
 def refine_tracks(
     refiner_of: Callable,  # gives the `cres.refine.Refiner` of records of so many samples
     events: Events,  # full tracks, one in each event
@@ -369,9 +373,11 @@ def refine_tracks(
 ) -> dict[str, np.ndarray]:  # columns `refined_...`, (n,)
     """Exact posteriors of whole tracks: mean and standard deviation of energy, pitch angle and radius.
 
-    Tracks begin and end as `start_time_s` and `track_length_s` say, where known. `refined_single_mode` is 1 if the
-    posterior has one narrow mode; `refined_p_value` is the probability that a track of this kind fits worse; without a
-    signal (`refined_log_evidence` below 0) the values are those of the priors.
+    Tracks begin and end as `start_time_s` and `track_length_s` say, where known. Flags are those of `cres.refine`,
+    0 or 1: `refined_single_mode`, `refined_ambiguous`, `refined_outlier`, and `refined_not_refined` where no electron
+    is seen and the values are those of the priors. `refined_p_value` is the probability that a track of this kind fits
+    worse, `refined_main_mode_weight` what the posterior gives to its main mode, and `refined_converged` is 0 where its
+    cells were not fine enough.
     """
     ends, rows = np.array(_track_ends(events)), [None] * len(events)
     length, names = ends[:, 1] - ends[:, 0], ("energy_eV", "pitch_angle_deg", "radius_m")
@@ -383,11 +389,15 @@ def refine_tracks(
             refiner, samples = refiner_of(samples=int(n)), n
         blocks = [events[slice(j, j + 1)] if noisy is None else noisy(slice(j, j + 1)) for j in k]
         ts = np.concatenate([b.ts[:, :, slice(*ends[j])] for j, b in zip(k, blocks, strict=True)])
-        p = refiner.posterior(torch.from_numpy(ts).to(refiner.ridge.device), (0.5,), 1)
+        with _rows_of(k):
+            ts = refiner.checked(torch.from_numpy(ts).to(refiner.ridge.device))
+        p = {name: v.cpu().numpy() for name, v in refiner.posterior(ts, (0.5,), 1).items()}
+        p |= refiner.flags(p["single_mode"], p["log_evidence"], p["p_value"]) | {"main_mode_weight": p["weight"][:, 0]}
         for i, j in enumerate(k):
             rows[j] = {name: float(p["mean"][i, c]) for c, name in enumerate(names)}
             rows[j] |= {derived_name(name, "sigma"): float(p["sigma"][i, c]) for c, name in enumerate(names)}
-            rows[j] |= {name: float(p[name][i]) for name in ("single_mode", "log_evidence", "p_value")}
+            rows[j] |= {name: float(p[name][i]) for name in (*_TRACK_FLAGS, "main_mode_weight", "log_evidence",
+                                                             "chi2", "p_value", "converged")}
     return {f"refined_{name}": np.array([r[name] for r in rows]) for name in rows[0]}
 
 def _track_ends(events: Events, least: int = 1024) -> list[tuple[int, int]]:  # first sample and the one after the last

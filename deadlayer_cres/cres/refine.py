@@ -20,7 +20,7 @@ from torch import Tensor
 
 from ..core import ELECTRON_MASS_EV, ConfigError, DataError
 from .evaluate import Predictions
-from .fit import Modes, Posterior, Ridge, RidgeConfig, modes, single_mode
+from .fit import Modes, Posterior, Ridge, RidgeConfig, check_noise, modes, single_mode
 from .simulate import SimulateConfig, Simulator, drift, waveforms
 from .trap import Cavity, comb, cyclotron_frequency
 
@@ -225,7 +225,8 @@ class Fitter:
     ):
         s = simulator if isinstance(simulator, Simulator) else Simulator(simulator)
         for ok, expected, row in ((s.whole_records, "tracks that fill their records", "tracks"),
-                                  (s.noise.spectrum is None and s.noise.sigma_V > 0, "white noise", "receiver"),
+                                  (s.noise.spectrum is None and s.noise.sigma_V > 0, "white noise above 0 V",
+                                   "receiver.noise_sigma_V"),
                                   (s.trap.symmetric, "a symmetric trap", "trap")):
             if not ok:
                 raise ConfigError(expected, "something else", row=row)
@@ -421,7 +422,7 @@ def _fit(
     starts: Tensor,  # (n, M, 3) energy (eV), pitch angle (degrees), radius (m); NaN where there are fewer than M
     keep: int = 3,  # maxima of the grid about a start that are climbed
 ) -> Fitted:
-    "Fit records from starting points. Raises `DataError` for shapes that do not fit and events without a start."
+    "Fit records from starting points. Raises `DataError` for wrong shapes, events without a start, and other noise."
     ts = torch.as_tensor(ts).to(self.device, torch.float32)
     starts = torch.as_tensor(starts, dtype=torch.float64, device=self.device)
     if ts.dim() != 3 or ts.shape[1] != 2 or starts.dim() != 3 or starts.shape[::2] != (len(ts), 3):
@@ -429,6 +430,8 @@ def _fit(
     known = starts.isfinite().all(2)
     if not bool(known.any(1).all()):
         raise DataError("a start for each event", "none", row=int((~known.any(1)).int().argmax()))
+    if not self.free_noise:
+        check_noise(ts, self.receiver.noise_sigma_V)
     z, T = torch.complex(ts[:, 0], ts[:, 1]), ts.shape[2] / self.receiver.sampling_rate_Hz
     event, k = known.nonzero().unbind(1)
     x = torch.minimum(torch.maximum(starts[event, k], self.low[:3]), self.high[:3])
@@ -524,47 +527,60 @@ def _goodness(self: Fitter, ts, f: Fitted, beside: int = 4) -> dict[str, Tensor]
 Fitter.goodness = _goodness
 
 # %% ../../nbs/cres/32_refine.ipynb #d6416200
-def _starts(self: Fitter, p: Posterior, samples: int, count: int = 16) -> Tensor:  # (n, count, 3), NaN if fewer
+def _starts(self: Fitter, p: Posterior, samples: int, count: int = 48) -> Tensor:  # (n, count, 3), NaN if fewer
     """Where a posterior holds most, as starts of a fit: energy, pitch angle and radius of best cells.
 
-    The cells are sorted into boxes of one bin of a record of so many samples in carrier and in first side line.
+    The cells are sorted into boxes of one bin of a record of so many samples in carrier and in first side line, and of
+    1 mm of radius. The k-th box of an interval of 2 eV counts as 1 / k of its weight.
     """
     top = torch.zeros_like(p.log_evidence).scatter_reduce(0, p.event, p.weight, "amax")
-    i = (p.weight > 1e-3 * top[p.event]).nonzero()[:, 0]
+    i = (p.weight > 1e-4 * top[p.event]).nonzero()[:, 0]
     x, event, w = torch.stack([p.energy_eV, p.pitch_angle_deg, p.radius_m], 1)[i], p.event[i], p.weight[i]
     f = torch.cat([self.lines(part).frequency_Hz[:, [self.zero - 1, self.zero]] for part in x.split(2**14)])
-    bin_ = (f * (samples / self.receiver.sampling_rate_Hz)).round().long()
-    box, of = torch.unique(torch.cat([event[:, None], bin_], 1), dim=0, return_inverse=True)
+    place = torch.cat([f * (samples / self.receiver.sampling_rate_Hz), 1e3 * x[:, 2:]], 1).round().long()
+    box, of = torch.unique(torch.cat([event[:, None], place], 1), dim=0, return_inverse=True)
     mass = w.new_zeros(len(box)).index_add_(0, of, w)
     best = w.new_zeros(len(box)).scatter_reduce(0, of, w, "amax")
     cell, peak = torch.zeros_like(box[:, 0]), (w == best[of]).nonzero()[:, 0]
     cell[of[peak]] = peak
+    event, x = box[:, 0], x[cell]
+    near = torch.stack([event, (x[:, 0] / 2).round().long()], 1)
+    order = _heaviest(torch.unique(near, dim=0, return_inverse=True)[1], mass)
+    mass = mass[order[0]] / (1 + order[1])
+    event, x = event[order[0]], x[order[0]]
+    order, slot = _heaviest(event, mass)
+    order, slot = order[slot < count], slot[slot < count]
+    return _pad(x[order], event[order], slot, len(p), torch.nan)
+
+def _heaviest(group: Tensor, mass: Tensor) -> tuple[Tensor, Tensor]:
+    "Indices by group and falling mass, and the number of each within its group."
     order = mass.argsort(descending=True)
-    order = order[box[order, 0].argsort(stable=True)]
-    order = order[_slots(box[order, 0].contiguous()) < count]
-    event = box[order, 0].contiguous()
-    return _pad(x[cell[order]], event, _slots(event), len(p), torch.nan)
+    order = order[group[order].argsort(stable=True)]
+    return order, _slots(group[order])
 
-def _grow(self: Fitter, ts, starts: Tensor, first: int = 8192, tail: float = 1e-5) -> Fitted:
-    """Fit the first samples of long records (n, 2, samples), then three times as many from what was found, to the end.
+Fitter.starts = _starts
 
-    Modes that weigh less than `tail` of the best are dropped on the way.
-    """
-    ts, lengths = torch.as_tensor(ts), [int(ts.shape[2])]
-    while lengths[0] > 2 * first:
-        lengths.insert(0, -(-lengths[0] // 3))
-    for samples in lengths:
-        f = self(ts[:, :, :samples], starts)
-        keep = f.weight > tail * f.weight[:, :1]
-        starts = torch.where(keep[..., None], f.values[..., :3], torch.nan)[:, :int(keep.sum(1).max())]
-    return f
+# %% ../../nbs/cres/32_refine.ipynb #e5e97e3a
+_TARGETS = ("energy_eV", "pitch_angle_deg", "radius_m")
 
-Fitter.starts, Fitter.grow = _starts, _grow
+def _combined(
+    self: Fitter,
+    ts,  # (n, 2, samples) records with noise
+    p: Posterior,  # of the same records, whole
+    count: int = 48,  # most starts of an event
+    missing: float = 0.5,  # log evidence that modes may lack
+) -> tuple[Tensor, Tensor, Tensor]:  # (n, 3) means, (n, 3) standard deviations, (n,) bool: from the fit
+    "Energy, pitch angle and radius: of the fit if its modes hold the evidence of the posterior, else of the posterior."
+    f = self(ts, self.starts(p, torch.as_tensor(ts).shape[2], count), 2)
+    whole = (f.log_evidence.logsumexp(1) > p.log_evidence - missing) & f.converged[:, 0]
+    fitted = torch.stack([torch.stack(f.moments(k), 1) for k in _TARGETS], 2)  # (n, 2, 3)
+    known = torch.stack([torch.stack([p.mean(k), p.sigma(k)], 1) for k in _TARGETS], 2)
+    return *torch.where(whole[:, None, None], fitted, known).unbind(1), whole
+
+Fitter.combined = _combined
 
 # %% ../../nbs/cres/32_refine.ipynb #81af5002
 FLAGS = ("single_mode", "ambiguous", "outlier", "not_refined")
-_TARGETS = ("energy_eV", "pitch_angle_deg", "radius_m")
-
 def mode_table(p: Posterior, m: Modes, count: int) -> tuple[Tensor, Tensor, Tensor]:
     "Weights (n, count), means and standard deviations (n, count, 3) of energy, pitch angle and radius of the modes."
     key = lambda event, energy: event * 1e6 + energy  # noqa: E731
@@ -601,6 +617,19 @@ class Refiner:
         self.ridge, self.fitter = Ridge(self.simulator, config), Fitter(self.simulator)
         self.false_alarm = false_alarm
 
+    def checked(self, ts: Tensor) -> Tensor:
+        "Records (n, 2, samples), after their length and their noise were found right; else a `DataError` with the row."
+        if ts.dim() != 3 or tuple(ts.shape[1:]) != (2, self.ridge.samples):
+            raise DataError(f"records (n, 2, {self.ridge.samples})", f"shape {tuple(ts.shape)}")
+        check_noise(ts, self.ridge.sigma_V)
+        return ts
+
+    def flags(self, single: np.ndarray, log_evidence: np.ndarray, p_value: np.ndarray) -> dict[str, np.ndarray]:
+        "`FLAGS` of events, each (n,) bool."
+        without = log_evidence < 0
+        return dict(zip(FLAGS, (single & ~without, ~single & ~without, p_value < self.false_alarm, without),
+                        strict=True))
+
     def posterior(self, ts: Tensor, levels: Sequence[float], count: int) -> dict[str, Tensor]:
         "What a table holds of the posteriors of a few records (n, 2, samples)."
         p = self.ridge(ts)
@@ -610,28 +639,25 @@ class Refiner:
         return {"mean": torch.stack([p.mean(k) for k in _TARGETS], 1), "weight": weight, "modes": mean, "widths": width,
                 "sigma": torch.stack([p.sigma(k) for k in _TARGETS], 1), "single_mode": single_mode(p),
                 "quantiles": torch.stack([p.quantiles(levels, k) for k in _TARGETS], 1),
-                "log_evidence": p.log_evidence, **self.fitter.goodness(ts, f)}
+                "log_evidence": p.log_evidence, "converged": p.converged, **self.fitter.goodness(ts, f)}
 
 # %% ../../nbs/cres/32_refine.ipynb #5190dc0a
 def _refined(self: Refiner, p: Predictions, ts) -> tuple[Predictions, dict[str, np.ndarray]]:
     """Refined predictions for records (n, 2, samples) with noise, and their `FLAGS`, each (n,) bool.
 
-    The targets are energy, pitch angle and radius; the network's answers, log evidence, chi^2 and p-value become
-    observables.
-    Raises `DataError`, with the row, for records that are not of the simulator's length or hold no noise.
+    The targets are energy, pitch angle and radius; the network's answers, log evidence, chi^2, p-value and whether the
+    cells of the posterior were fine enough (`converged`, 1 or 0) become observables.
+    Raises `DataError`, with the row, for records that are not of the simulator's length, or whose noise is another.
     """
-    ts, parts, size, count = torch.as_tensor(ts), [], self.ridge.config.batch, 16
-    for a in range(0, len(ts), size):
-        try:
-            parts.append({k: v.cpu().numpy() for k, v in self.posterior(ts[a:a + size], p.levels, count).items()})
-        except DataError as e:
-            raise DataError(e.expected, e.found, e.path, e.row if e.row is None else a + int(e.row), e.remedy) from e
+    ts, size, count = self.checked(torch.as_tensor(ts)), self.ridge.config.batch, 16
+    parts = [{k: v.cpu().numpy() for k, v in self.posterior(ts[a:a + size], p.levels, count).items()}
+             for a in range(0, len(ts), size)]
     new = {k: np.concatenate([part[k] for part in parts]) for k in parts[0]}
-    single, evidence, chance = (new.pop(k) for k in ("single_mode", "log_evidence", "p_value"))
-    without = evidence < 0
-    flags = dict(zip(FLAGS, (single & ~without, ~single & ~without, chance < self.false_alarm, without), strict=True))
-    more = {"log_evidence": evidence, "chi2": new.pop("chi2"), "p_value": chance}
+    flags = self.flags(*(new[k] for k in ("single_mode", "log_evidence", "p_value")))
+    more = {k: new.pop(k).astype(float) for k in ("log_evidence", "converged", "chi2", "p_value")}
     more |= {f"network_{k}": p.mean[:, t] for t, k in enumerate(p.targets)}
+    del new["single_mode"]
+    without = flags["not_refined"]
     known = [(t, _TARGETS.index(k)) for t, k in enumerate(p.targets) if k in _TARGETS]
     for t, k in known:
         new["mean"][without, k], new["sigma"][without, k] = p.mean[without, t], p.sigma[without, t]

@@ -250,7 +250,7 @@ def test_the_fit_finds_nuisance_parameters(emulator):
     mean = torch.as_tensor(expected([1.1] * 8, [0.4] * 8), dtype=torch.float32)
     moved = Nuisance(EDGES, device="cpu")(mean, {"shift_keV": 0.08, "resolution": 0.03, "scale": 1.04})
     counts = torch.poisson(moved, generator=torch_rng(0))
-    values, mu = ps.best_description(counts, emulator, np.full(8, 1.0), np.full(8, 0.5))
+    values, mu, _ = ps.best_description(counts, emulator, np.full(8, 1.0), np.full(8, 0.5))
     for name, truth, close in (("shift_keV", 0.08, 0.01), ("resolution", 0.03, 0.01), ("scale", 1.04, 0.02),
                                ("fccd_in_mm", 1.1, 0.03)):
         assert values[name].mean() == pytest.approx(truth, abs=close), name

@@ -152,35 +152,31 @@ def fit_emulator(
     coefficients = np.linalg.lstsq(terms, y, rcond=None)[0]
     rest, inverse = y - terms @ coefficients, np.linalg.inv(terms.T @ terms)
     new = replace(new, coefficients=coefficients, inverse=inverse, scatter=(rest**2).sum(0) / free)
+    square = rest**2 / _unused(terms, inverse)
     if len(y) > 2 * SPLINES**2:  # fewer spectra do not determine them
-        new, rest = _add_splines(new, terms, new.local(f, d), y, rest)
+        new, square = _add_splines(new, terms, new.local(f, d), y, square)
     scatter = np.maximum(new.scatter, 1e-6)
-    return replace(new, scatter=scatter, trend=_trend(new, f, d, rest**2 / scatter))
+    return replace(new, scatter=scatter, trend=np.linalg.lstsq(_quadratic(f, d), square / scatter, rcond=None)[0])
+
+def _unused(terms: np.ndarray, inverse: np.ndarray) -> np.ndarray:  # (n, 1)
+    "Share of each spectrum's variance that is left in its residual: 1 less its leverage."
+    return 1 - np.einsum("ij,ij->i", terms @ inverse, terms)[:, None]
 
 # %% ../../nbs/deadlayer/40_likelihood.ipynb #9dd4225d
-def _add_splines(new: Emulator, terms: np.ndarray, local: np.ndarray, y: np.ndarray, rest: np.ndarray) -> tuple:
-    "The emulator with splines in the bins that need them, and the residuals (n, bins)."
-    both = np.hstack([terms, local])
+def _add_splines(new: Emulator, terms: np.ndarray, local: np.ndarray, y: np.ndarray, square: np.ndarray) -> tuple:
+    "The emulator with splines in the bins that need them, and the squared residuals (n, bins)."
+    both, k, n = np.hstack([terms, local]), terms.shape[1], len(y)
     normal = both.T @ both
-    inverse = np.linalg.inv(normal + np.diag(np.where(np.arange(len(normal)) < terms.shape[1], 1e-9, PENALTY)))
+    inverse = np.linalg.inv(normal + np.diag(np.where(np.arange(len(normal)) < k, 1e-9, PENALTY)))
     used = float(np.einsum("ij,ji->", inverse, normal))  # effective number of parameters
     found = inverse @ (both.T @ y)
-    off, n = y - both @ found, len(y)
-    score = (off**2).sum(0) / (1 - used / n) ** 2
-    splined = score < 0.98 * (rest**2).sum(0) / (1 - terms.shape[1] / n) ** 2
-    k = terms.shape[1]
+    off = (y - both @ found) ** 2
+    score = off.sum(0) / (1 - used / n) ** 2
+    splined = score < 0.98 * new.scatter * (n - k) / (1 - k / n) ** 2
     return replace(new, splined=splined, splines=found[k:, splined], splined_inverse=inverse,
                    coefficients=np.where(splined, found[:k], new.coefficients),
-                   scatter=np.where(splined, (off**2).sum(0) / (n - used), new.scatter)), np.where(splined, off, rest)
-
-def _trend(new: Emulator, f: np.ndarray, d: np.ndarray, square: np.ndarray) -> np.ndarray:  # (6, bins)
-    "Least squares of the squared pulls (n, bins), averaged over the bins with and those without splines."
-    trend, shape = np.zeros((6, square.shape[1])), _quadratic(f, d)
-    for group in (new.splined, ~new.splined):
-        if group.any():
-            mean = square[:, group].mean(1)
-            trend[:, group] = np.linalg.lstsq(shape, mean / mean.mean(), rcond=None)[0][:, None]
-    return trend
+                   scatter=np.where(splined, off.sum(0) / (n - used), new.scatter)), np.where(
+                       splined, off / _unused(both, inverse), square)
 
 # %% ../../nbs/deadlayer/40_likelihood.ipynb #37b27234
 def split_simulation(
@@ -460,20 +456,21 @@ def _minuit(likelihood: Likelihood, start: Sequence[float]) -> Minuit:
             fit.limits[name] = pair
     return fit
 
-def _start(likelihood: Likelihood) -> list[float]:
-    "The best point of a grid; the scale from the sum of counts."
+def _starts(likelihood: Likelihood) -> list[list[float]]:
+    "The best points of a grid, one for each DLF, the best of all first; the scale from the sum of counts."
     low, high = likelihood.emulator.fccd_range_mm
-    f, d = (g.ravel() for g in np.meshgrid(np.linspace(low, high, 22)[1:-1], (0.1, 0.4, 0.7, 0.95)))
+    fccd, dlf = np.linspace(low, high, 42)[1:-1], (0.05, 0.15, 0.4, 0.7, 0.95)
+    f, d = (g.ravel() for g in np.meshgrid(fccd, dlf))
     mean = likelihood.emulator.mean(f, d)[:, likelihood.bins] + 1e-9
     n = likelihood.n[likelihood.bins]
     prior = likelihood.nuisance.get("scale")
     scale = np.ones(len(f)) if prior is None else n.sum() / mean.sum(1)
     mean = mean * scale[:, None]
     cost = 2 * (mean - n + xlogy(n, n / mean)).sum(1) + (0 if prior is None else ((scale - 1) / prior) ** 2)
-    k = int(np.argmin(cost))
-    rest = [scale[k] if name == "scale" else 0.5 if name == "background" else NOMINAL[name]
-            for name in likelihood.nuisance]
-    return [f[k], d[k], *rest]
+    best = cost.reshape(len(dlf), -1).argmin(1) + np.arange(len(dlf)) * len(fccd)
+    rest = {"background": 0.5}
+    return [[f[k], d[k], *({**NOMINAL, **rest, "scale": scale[k]}[name] for name in likelihood.nuisance)]
+            for k in best[np.argsort(cost[best])]]
 
 def minimise(
     likelihood: Likelihood,
@@ -481,8 +478,19 @@ def minimise(
     fixed: Mapping[str, float] | None = None,  # parameters held at a value
     strategy: int = 1,  # of iminuit: 0 is quick, 1 has better errors
 ) -> Minuit:
-    "Minimise the deviance."
-    fit = _minuit(likelihood, _start(likelihood) if start is None else start)
+    "Minimise the deviance; without a start, other points of the grid are tried while the fit is a bad one."
+    good, best = likelihood.ndf + 4 * np.sqrt(2 * likelihood.ndf), None
+    for point in _starts(likelihood) if start is None else [start]:
+        fit = _migrad(likelihood, point, fixed, strategy)
+        if best is None or (fit.valid, -fit.fval) > (best.valid, -best.fval):
+            best = fit
+        if best.valid and best.fval < good:
+            break
+    return best
+
+def _migrad(likelihood: Likelihood, start: Sequence[float], fixed: Mapping[str, float] | None, strategy: int) -> Minuit:
+    "One minimisation."
+    fit = _minuit(likelihood, start)
     for name, value in (fixed or {}).items():
         fit.values[name], fit.fixed[name] = value, True
     fit.migrad(ncall=4000)
@@ -491,7 +499,7 @@ def minimise(
         fit.migrad(ncall=4000)
     return fit
 
-# %% ../../nbs/deadlayer/40_likelihood.ipynb #7ae29492
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #4a7a2b48
 @dataclass(frozen=True, eq=False)
 class WindowFit:
     "FCCD and DLF from one window."

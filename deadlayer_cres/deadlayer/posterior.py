@@ -4,10 +4,10 @@
 
 # %% auto #0
 __all__ = ['SURE', 'SCORES', 'PRIOR_SIGMA', 'emulate', 'reference_spectra', 'Scans', 'scan_spectra', 'Experiments',
-           'pseudo_experiments', 'Pivot', 'fit_pivot', 'Calibration', 'dlf_offset', 'calibrate', 'Posteriors',
-           'infer_posterior', 'sbc', 'sbc_figure', 'fisher_limit', 'best_description', 'window_fits', 'Guard',
-           'fit_guard', 'guard_warnings', 'guard_figure', 'Loop', 'iterate', 'loop_figure', 'posterior_figure',
-           'NetworkAnswer', 'start_from_peaks', 'answer']
+           'pseudo_experiments', 'Pivot', 'fit_pivot', 'Calibration', 'dlf_offset', 'calibrate', 'fit_calibration',
+           'folds', 'Posteriors', 'infer_posterior', 'sbc', 'sbc_figure', 'fisher_limit', 'best_description',
+           'window_fits', 'Guard', 'fit_guard', 'guard_warnings', 'guard_figure', 'Loop', 'iterate', 'loop_figure',
+           'posterior_figure', 'NetworkAnswer', 'start_from_peaks', 'answer']
 
 # %% ../../nbs/deadlayer/41_posterior.ipynb #9356f4b0
 from collections.abc import Callable, Mapping
@@ -22,8 +22,8 @@ from scipy.stats import kstest
 from sklearn.isotonic import IsotonicRegression
 
 from ..core import DataError, numpy_rng, progress, torch_rng
-from .data import Spectra, concatenate
-from .infer import LEVELS, agreement, check_measured
+from .data import Spectra, SplitConfig, concatenate
+from .infer import LEVELS, WINDOWS_KEV, agreement, check_measured
 from .likelihood import Emulator, fit_emulator
 from .peaks import calibrate as calibrate_peaks
 from .peaks import intensity_table, peak_ratio
@@ -59,6 +59,9 @@ class Scans:
 
     def __len__(self) -> int:
         return len(self.logit)
+
+    def __getitem__(self, k: np.ndarray) -> "Scans":
+        return Scans(self.fccd_in_mm[k], self.logit[k], None if self.dlf is None else self.dlf[k])
 
     def where(self) -> np.ndarray:  # (n, 2)
         "FCCD at balance and the network's median DLF (0.5 if it gives none)."
@@ -134,6 +137,10 @@ class Experiments:
     def __len__(self) -> int:
         return len(self.row)
 
+    def __getitem__(self, k: np.ndarray) -> "Experiments":
+        return Experiments(self.counts[torch.as_tensor(k, device=self.counts.device)], self.fccd_in_mm[k],
+                           self.dlf[k], self.row[k])
+
 def pseudo_experiments(
     spectra: Spectra,  # simulated, from a part that the network was not trained on
     n: int,
@@ -170,17 +177,17 @@ def _knots(sample: np.ndarray) -> np.ndarray:
     return np.maximum.accumulate(q) + 1e-9 * np.arange(len(q)) * (1 + np.ptp(q))
 
 # %% ../../nbs/deadlayer/41_posterior.ipynb #2b1e9d0d
-def _terms(where: np.ndarray) -> np.ndarray:  # (n, 6)
-    "Quadratic polynomial in FCCD and DLF."
-    f, d = np.asarray(where, float).T[:2] - np.array([[1.0], [0.5]])
-    return np.stack([np.ones_like(f), f, d, f * f, f * d, d * d], 1)
+def _terms(where: np.ndarray) -> np.ndarray:  # (n, 6 or more)
+    "Quadratic polynomial in FCCD and DLF; further columns of `where` as they are."
+    (f, d), more = np.asarray(where, float).T[:2] - np.array([[1.0], [0.5]]), np.asarray(where, float).T[2:]
+    return np.stack([np.ones_like(f), f, d, f * f, f * d, d * d, *more], 1)
 
 @dataclass(frozen=True, eq=False)
 class Pivot:
     "The law of a quantity over pseudo-experiments: location and spread vary with FCCD and DLF, the shape does not."
 
-    location: np.ndarray  # (6,) coefficients of `_terms`
-    spread: np.ndarray  # (6,) of the logarithm
+    location: np.ndarray  # (terms,) coefficients of `_terms`
+    spread: np.ndarray  # (terms,) of the logarithm
     knots: np.ndarray  # (13,) of the normalised quantity, at `SCORES`
 
     def score(self, value: np.ndarray, where: np.ndarray) -> np.ndarray:  # value (n, ...), where (n, 2)
@@ -199,12 +206,12 @@ class Pivot:
 
 def fit_pivot(
     sample: np.ndarray,  # (n,) the quantity at the truth
-    where: np.ndarray,  # (n, 2) FCCD in mm and DLF as estimated
+    where: np.ndarray,  # (n, 2 or more) FCCD in mm and DLF as estimated, and what else the law may depend on
 ) -> Pivot:
     "Fit location, spread and shape; values beyond four spreads are drawn in for the first two."
     t, middle = _terms(where), np.median(sample)
     wide = 4 * np.diff(np.quantile(sample, [0.16, 0.84]))[0] / 2 + 1e-9
-    ridge = 1e-3 * len(t) * np.diag([0, 1, 1, 1, 1, 1])
+    ridge = 1e-3 * len(t) * np.diag(np.minimum(np.arange(t.shape[1]), 1))
     def fit(y):
         return np.linalg.solve(t.T @ t + ridge, t.T @ y)
     location = fit(np.clip(sample, middle - wide, middle + wide))
@@ -217,7 +224,7 @@ def fit_pivot(
 # %% ../../nbs/deadlayer/41_posterior.ipynb #146a6747
 @dataclass(frozen=True, eq=False)
 class Calibration:
-    "What the answers of a network mean, learnt from validation spectra."
+    "What the answers of a network mean, learnt from spectra that it was not trained on."
 
     logit: Pivot  # of the FCCD scan at the truth
     band: Pivot | None  # of DLF in units of the band
@@ -231,12 +238,16 @@ class Calibration:
     def dlf(self, quantiles: np.ndarray, level: float, where: np.ndarray) -> np.ndarray:  # (n,)
         "The quantile of DLF at `level`, from the (n, 3) quantiles of the network."
         low, middle, high = logit(np.clip(quantiles, 1e-6, 1 - 1e-6)).T
-        u = self.band.value(ndtri(level), where)
+        u = self.band.value(ndtri(level), _with_width(where, quantiles))
         return expit(middle + u * np.maximum(np.where(u > 0, high - middle, middle - low), 1e-6))
 
     def dlf_score(self, quantiles: np.ndarray, dlf: np.ndarray, where: np.ndarray) -> np.ndarray:  # (n,)
         "Normal score of a DLF."
-        return self.band.score(dlf_offset(quantiles, dlf), where)
+        return self.band.score(dlf_offset(quantiles, dlf), _with_width(where, quantiles))
+
+def _with_width(where: np.ndarray, quantiles: np.ndarray) -> np.ndarray:  # (n, 3)
+    "FCCD, DLF and the logarithm of the width of the DLF's band over 0.01."
+    return np.column_stack([where, np.log(np.maximum(quantiles[:, 2] - quantiles[:, 0], 1e-4) / 0.01)])
 
 def dlf_offset(
     quantiles: np.ndarray,  # (n, 3)
@@ -250,7 +261,7 @@ def dlf_offset(
 # %% ../../nbs/deadlayer/41_posterior.ipynb #fb6bd16b
 def calibrate(
     pipeline: Callable,  # trained `Pipeline`, evaluation mode
-    held_out: Spectra,  # of the validation part, all DLF
+    held_out: Spectra,  # not trained on, all DLF
     references: Spectra,  # from `reference_spectra`
     nuisance: NuisanceConfig | None = None,  # drawn as in the training
     n: int = 2000,  # pseudo-experiments
@@ -260,10 +271,27 @@ def calibrate(
     device = next(pipeline.parameters()).device
     drawn = nuisance if nuisance is not None and nuisance.draw else None
     e = pseudo_experiments(held_out, n, drawn, seed, device=device)
-    scans = scan_spectra(pipeline, e.counts, references)
-    where = scans.where()
-    band = None if scans.dlf is None else fit_pivot(dlf_offset(scans.dlf, e.dlf), where)
-    return Calibration(fit_pivot(scans.at(e.fccd_in_mm), where), band, n, len(np.unique(e.row)))
+    return fit_calibration(scan_spectra(pipeline, e.counts, references), e)
+
+def fit_calibration(scans: Scans, experiments: Experiments) -> Calibration:
+    "The calibration that pseudo-experiments and their scans give."
+    e, where = experiments, scans.where()
+    band = None
+    if scans.dlf is not None:
+        band = fit_pivot(dlf_offset(scans.dlf, e.dlf), _with_width(where, scans.dlf))
+    return Calibration(fit_pivot(scans.at(e.fccd_in_mm), where), band, len(e), len(np.unique(e.row)))
+
+def folds(
+    experiments: Experiments,
+    split: SplitConfig,  # as in the training
+    n: int = 10,
+    seed: int = 0,
+) -> tuple[np.ndarray, np.ndarray]:  # (experiments,) block of the (FCCD, DLF) plane, and fold of the block
+    "Deal the blocks of held-out spectra into folds."
+    e = experiments
+    block = np.floor(e.fccd_in_mm / split.fccd_block_in_mm) * 1000 + np.floor(e.dlf / split.dlf_block)
+    names, block = np.unique(block, return_inverse=True)
+    return block, numpy_rng(seed, "folds").permutation(len(names))[block] % n
 
 # %% ../../nbs/deadlayer/41_posterior.ipynb #0a92998f
 @dataclass(frozen=True, eq=False)
@@ -334,7 +362,7 @@ def infer_posterior(
 # %% ../../nbs/deadlayer/41_posterior.ipynb #56214adb
 def sbc(
     ranks: np.ndarray,  # (n,) from `Posteriors.rank`
-    row: np.ndarray,  # (n,) number of the simulated spectrum
+    row: np.ndarray,  # (n,) number of the simulated spectrum, or of its block: what shares fluctuations
 ) -> dict:  # coverage and its error for each level, p-value of uniformity, counts of the rank histogram
     "Coverage and uniformity of ranks."
     spectra, first, group = np.unique(row, return_index=True, return_inverse=True)
@@ -401,7 +429,7 @@ def best_description(
     fccd_in_mm: np.ndarray, dlf: np.ndarray,  # (n,) where to start
     steps: int = 6,
     prior_sigma: Mapping[str, float] = PRIOR_SIGMA,  # standard deviation of the nuisance parameters
-) -> tuple[dict[str, np.ndarray], np.ndarray]:  # fitted parameters, each (n,), and expected counts (n, bins)
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:  # parameters, each (n,); counts (n, bins); pulls (n, windows)
     "The simulated spectrum with the nuisance parameters that comes closest to each measured one."
     n, distort = counts.double().cpu().numpy(), Nuisance(emulator.edges_keV, device="cpu")
     names = ("fccd_in_mm", "dlf", *NUISANCES)
@@ -418,41 +446,64 @@ def best_description(
 
     x = np.clip(np.column_stack([fccd_in_mm, dlf, np.tile(nominal[2:], (len(n), 1))]), low, high)
     x[:, 5] = np.clip(n.sum(1) / expected(x).sum(1), 0.3, 3)
-    for _ in range(steps):
-        mu = expected(x)
-        weight = 1 / (np.maximum(mu, 1) * (1 + 1 / emulator.exposure))
+    def linear(x):
         at = np.clip(x + step, low, high), np.clip(x - step, low, high)
         sides = [np.where(np.arange(8) == k, a, x) for k in range(8) for a in at]
         span = np.maximum(at[0] - at[1], 1e-12)
         j = np.stack([(expected(sides[2 * k]) - expected(sides[2 * k + 1])) / span[:, [k]] for k in range(8)], 1)
-        normal = np.einsum("nib,njb,nb->nij", j, j, weight) + np.diag(1 / sigma**2) + np.diag([1e-3] * 8)
-        right = np.einsum("nib,nb->ni", j, weight * (n - mu)) - (x - nominal) / sigma**2
-        x = np.clip(x + np.linalg.solve(normal, right[..., None])[..., 0], low, high)
-    return dict(zip(names, x.T, strict=True)), expected(x)
+        mu = expected(x)
+        variance = np.maximum(mu, 1) * (1 + 1 / emulator.exposure)
+        normal = np.einsum("nib,njb,nb->nij", j, j, 1 / variance) + np.diag(1 / sigma**2) + np.diag([1e-3] * 8)
+        return mu, variance, j, normal
 
-# %% ../../nbs/deadlayer/41_posterior.ipynb #e21002fc
+    for _ in range(steps):
+        mu, variance, j, normal = linear(x)
+        right = np.einsum("nib,nb->ni", j, (n - mu) / variance) - (x - nominal) / sigma**2
+        x = np.clip(x + np.linalg.solve(normal, right[..., None])[..., 0], low, high)
+    mu, variance, j, normal = linear(x)
+    return dict(zip(names, x.T, strict=True)), mu, _window_pulls(n - mu, variance, j, normal, emulator.edges_keV)
+
+def _window_pulls(off: np.ndarray, variance: np.ndarray, j: np.ndarray, normal: np.ndarray, edges_keV: np.ndarray):
+    "Sums over the windows that hold bins, over their errors after the fit: (n, windows)."
+    inside = _windows(edges_keV).T.astype(float)
+    own = np.swapaxes(j @ inside, 1, 2)  # (n, windows, parameters)
+    absorbed = np.einsum("nwi,niw->nw", own, np.linalg.solve(normal, np.swapaxes(own, 1, 2)))
+    total = variance @ inside
+    return (off @ inside) / np.sqrt(np.maximum(total - absorbed, 1e-3 * total))
+
+def _windows(edges_keV: np.ndarray) -> np.ndarray:  # (windows, bins)
+    "Which bins lie in each window; windows without any are left out, as in `infer.agreement`."
+    centre, edges = (edges_keV[1:] + edges_keV[:-1]) / 2, np.array(WINDOWS_KEV)[:, None]
+    inside = (centre >= edges[:-1]) & (centre < edges[1:])
+    return inside[inside.any(1)]
+
+# %% ../../nbs/deadlayer/41_posterior.ipynb #516470ac
 def window_fits(
     counts: torch.Tensor,  # (n, bins)
     expected: np.ndarray,  # (n, bins)
+    pulls: np.ndarray,  # (n, windows) from `best_description`
     emulator: Emulator,
     inflation: np.ndarray | float = 1.0,  # (windows,) by which chi2 is divided
-) -> list[list[dict]]:  # for each spectrum the rows of `infer.agreement`, with the p-value of the divided chi2
+    width: np.ndarray | float = 1.0,  # (windows,) by which the pulls are divided
+) -> list[list[dict]]:  # for each spectrum the rows of `infer.agreement`, with `pull`; p_value is the smaller of the two
     "Goodness of fit window by window."
     found = []
-    for n, mu in zip(counts.double().cpu().numpy(), expected, strict=True):
+    for n, mu, z in zip(counts.double().cpu().numpy(), expected, pulls / width, strict=True):
         rows = agreement(n, mu, emulator.edges_keV, emulator.exposure)
-        for r, c in zip(rows, np.broadcast_to(inflation, len(rows)), strict=True):
-            r["p_value"] = float(chi2_law.sf(r["chi2"] / c, r["bins"]))
+        for r, c, pull in zip(rows, np.broadcast_to(inflation, len(rows)), z, strict=True):
+            r["pull"] = float(pull)
+            r["p_value"] = float(min(chi2_law.sf(r["chi2"] / c, r["bins"]), 2 * ndtr(-abs(pull))))
         found.append(rows)
     return found
 
-# %% ../../nbs/deadlayer/41_posterior.ipynb #e38d799c
+# %% ../../nbs/deadlayer/41_posterior.ipynb #f92c2f24
 @dataclass(frozen=True)
 class Guard:
     "Says whether a simulation describes a measured spectrum."
 
     emulator: Emulator
     inflation: np.ndarray  # (windows,) by which chi2 is divided
+    width: np.ndarray  # (windows,) by which the pulls are divided
     p_value: float  # threshold on the smallest p-value of the windows
     false_alarm: float  # share of described spectra that fall below it
     experiments: int
@@ -464,9 +515,9 @@ class Guard:
     ) -> list[dict]:  # described, windows (of `agreement`), disagree (names of windows), parameters, expected
         "Judge spectra."
         counts = torch.as_tensor(counts, dtype=torch.float32)
-        values, expected = best_description(counts, self.emulator, fccd_in_mm, dlf)
+        values, expected, pulls = best_description(counts, self.emulator, fccd_in_mm, dlf)
         verdicts = []
-        for k, rows in enumerate(window_fits(counts, expected, self.emulator, self.inflation)):
+        for k, rows in enumerate(window_fits(counts, expected, pulls, self.emulator, self.inflation, self.width)):
             bad = [f"{r['low_keV']:g}-{r['high_keV']:g} keV" for r in rows if r["p_value"] < self.p_value]
             verdicts.append({"described": not bad, "disagree": bad, "windows": rows, "expected": expected[k],
                              "parameters": {name: float(v[k]) for name, v in values.items()}})
@@ -485,23 +536,24 @@ def fit_guard(
     e = pseudo_experiments(held_out, n, drawn, seed)
     rows = []
     for part in progress(np.array_split(np.arange(n), -(-n // 100)), "guard", unit="batch", leave=False):
-        _, expected = best_description(e.counts[part], emulator, e.fccd_in_mm[part], e.dlf[part])
-        rows += window_fits(e.counts[part], expected, emulator)
-    chi2, bins = (np.array([[r[name] for r in one] for one in rows]) for name in ("chi2", "bins"))
+        _, expected, pulls = best_description(e.counts[part], emulator, e.fccd_in_mm[part], e.dlf[part])
+        rows += window_fits(e.counts[part], expected, pulls, emulator)
+    chi2, bins, z = (np.array([[r[name] for r in one] for one in rows]) for name in ("chi2", "bins", "pull"))
     inflation = np.maximum(np.quantile(chi2 / chi2_law.isf(0.01, bins), 0.99, axis=0), 1.0)
-    least = chi2_law.sf(chi2 / inflation, bins).min(1)
-    return Guard(emulator, inflation, float(np.quantile(least, false_alarm)), false_alarm, n)
+    width = np.maximum(np.sqrt((z**2).mean(0)), np.quantile(np.abs(z), 0.99, axis=0) / -ndtri(0.005))
+    least = np.minimum(chi2_law.sf(chi2 / inflation, bins), 2 * ndtr(-np.abs(z / width))).min(1)
+    return Guard(emulator, inflation, width, float(np.quantile(least, false_alarm)), false_alarm, n)
 
 # %% ../../nbs/deadlayer/41_posterior.ipynb #4b71516b
 def guard_warnings(verdict: dict) -> list[str]:
     "What a reader must know of a verdict of `Guard.check`."
     if verdict["described"]:
         return []
-    worst = max(verdict["windows"], key=lambda w: w["chi2"] / w["bins"])
+    worst = min(verdict["windows"], key=lambda w: (w["p_value"], -w["chi2"] / w["bins"]))
     return ["No simulated spectrum describes this measurement, whatever FCCD, DLF, energy scale, resolution, scale and "
             f"background: {len(verdict['disagree'])} of {len(verdict['windows'])} windows disagree "
             f"({', '.join(verdict['disagree'])}); worst {worst['low_keV']:g}-{worst['high_keV']:g} keV with chi2 per "
-            f"bin {worst['chi2'] / worst['bins']:.1f}. The posterior holds for spectra of the simulation only."]
+            f"bin {worst['chi2'] / worst['bins']:.1f} and {worst['pull']:+.1f} standard deviations in its sum. The posterior holds for spectra of the simulation only."]
 
 def guard_figure(
     verdict: dict,  # of `Guard.check`
@@ -699,14 +751,15 @@ def answer(
     seed: int = 0,
 ) -> NetworkAnswer:
     "Calibrated posterior, guard and loop for a measured spectrum."
-    train, valid = concatenate([p["train"] for p in parts.values()]), parts["random_dlf"]["valid"]
+    train = concatenate([p["train"] for p in parts.values()])
+    held_out = concatenate([parts["random_dlf"][k] for k in ("valid", "test") if k in parts["random_dlf"]])
     emulator = emulate(train)
     references = reference_spectra(emulator)
     check_measured(measured, references)
-    calibration = calibrate(pipeline, valid, references, nuisance, min(1000, 4 * len(valid)), seed)
+    calibration = calibrate(pipeline, held_out, references, nuisance, min(2000, 4 * len(held_out)), seed)
     counts = measured.counts / measured.exposure
     posterior = infer_posterior(pipeline, counts, references, calibration)
-    guard = fit_guard(emulator, valid, nuisance, n=min(400, 4 * len(valid)), seed=seed)
+    guard = fit_guard(emulator, held_out, nuisance, n=min(600, 4 * len(held_out)), seed=seed)
     dlf = posterior.dlf(0.5) if posterior.scans.dlf is not None else np.array([0.5])
     verdict = guard.check(counts, posterior.quantile(0.5), dlf)[0]
     start, words = start_from_peaks(measured, train)

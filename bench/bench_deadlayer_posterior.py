@@ -46,7 +46,7 @@ def by_spectra(values: np.ndarray, row: np.ndarray) -> tuple[float, float]:
 
 
 def coverage(scans, e, split, law, emulator, seed):
-    "Rank histograms, coverages, and widths beside the limits, with and without nuisance parameters known; cross-fitted."
+    "Cross-fitted rank histograms, coverages, and widths beside the limits, nuisance parameters known or not."
     block, fold = ps.folds(e, split, seed=seed)
     ranks, half = {k: np.empty(len(e)) for k in ("FCCD", "DLF")}, {k: np.empty(len(e)) for k in ("68", "90")}
     median, dlf_half, dlf_median = (np.empty(len(e)) for _ in range(3))
@@ -132,7 +132,7 @@ def main():
     parser.add_argument("--measured", type=Path, default=None)
     parser.add_argument("--experiments", type=int, default=3000)
     parser.add_argument("--bias", type=int, default=400)
-    parser.add_argument("--guard", type=int, default=600)
+    parser.add_argument("--guard", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "deadlayer_posterior.json")
     args = parser.parse_args()
@@ -158,7 +158,7 @@ def main():
             references = ps.reference_spectra(emulator)
             guard = ps.fit_guard(emulator, valid, n=args.guard, seed=args.seed)  # the test part is for its power
             power = guard_power(guard, test, NuisanceConfig(draw=True), args.guard, args.seed + 1)
-            result["guard"] = {"p_value": guard.p_value, "inflation": guard.inflation, "width": guard.width,
+            result["guard"] = {"p_value": guard.p_value, "inflation": guard.inflation, "law": guard.law,
                                "false_alarm": guard.false_alarm, "experiments": guard.experiments, "power": power}
             print(f"{time.perf_counter() - start:.0f} s  guard {result['guard']}", flush=True)
         law = config.pairs.nuisance if config.pairs.nuisance.draw else None

@@ -181,10 +181,7 @@ def gauss():
     net = Gauss()
     counts, fccd, dlf = gauss_world(1500, 0)
     scans = ps.scan_spectra(net, counts, REFERENCES, batch=100)
-    where = scans.where()
-    calibration = ps.Calibration(ps.fit_pivot(scans.at(fccd), where),
-                                 ps.fit_pivot(ps.dlf_offset(scans.dlf, dlf), where), 1500, 1500)
-    return net, calibration
+    return net, ps.fit_calibration(scans, ps.Experiments(counts, fccd, dlf, np.arange(1500)))
 
 
 def test_the_posterior_of_a_gaussian_measurement_is_the_gaussian(gauss):

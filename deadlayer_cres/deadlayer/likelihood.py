@@ -149,34 +149,48 @@ def fit_emulator(
     if free < terms.shape[1] or np.linalg.matrix_rank(terms) < terms.shape[1]:
         raise DataError(f"at least {2 * terms.shape[1]} spectra spread over FCCD and DLF", str(len(y)),
                         remedy="give more spectra, or lower degrees")
-    coefficients = np.linalg.lstsq(terms, y, rcond=None)[0]
-    rest, inverse = y - terms @ coefficients, np.linalg.inv(terms.T @ terms)
-    new = replace(new, coefficients=coefficients, inverse=inverse, scatter=(rest**2).sum(0) / free)
-    square = rest**2 / _unused(terms, inverse)
+    fold = _block_folds(f, d)
+    coefficients, inverse = _solve(terms, y)
+    new, (square, h) = replace(new, coefficients=coefficients, inverse=inverse), _left_out(terms, y, fold)
     if len(y) > 2 * SPLINES**2:  # fewer spectra do not determine them
-        new, square = _add_splines(new, terms, new.local(f, d), y, square)
-    scatter = np.maximum(new.scatter, 1e-6)
-    return replace(new, scatter=scatter, trend=np.linalg.lstsq(_quadratic(f, d), square / scatter, rcond=None)[0])
-
-def _unused(terms: np.ndarray, inverse: np.ndarray) -> np.ndarray:  # (n, 1)
-    "Share of each spectrum's variance that is left in its residual: 1 less its leverage."
-    return 1 - np.einsum("ij,ij->i", terms @ inverse, terms)[:, None]
+        new, square = _add_splines(new, terms, new.local(f, d), y, fold, square, h)
+    inner = h < 1  # the others lie beyond the rest
+    scatter = np.maximum(square[inner].mean(0), 1e-6)
+    shape = _quadratic(f[inner], d[inner])
+    return replace(new, scatter=scatter, trend=np.linalg.lstsq(shape, square[inner] / scatter, rcond=None)[0])
 
 # %% ../../nbs/deadlayer/40_likelihood.ipynb #9dd4225d
-def _add_splines(new: Emulator, terms: np.ndarray, local: np.ndarray, y: np.ndarray, square: np.ndarray) -> tuple:
-    "The emulator with splines in the bins that need them, and the squared residuals (n, bins)."
-    both, k, n = np.hstack([terms, local]), terms.shape[1], len(y)
-    normal = both.T @ both
-    inverse = np.linalg.inv(normal + np.diag(np.where(np.arange(len(normal)) < k, 1e-9, PENALTY)))
-    used = float(np.einsum("ij,ji->", inverse, normal))  # effective number of parameters
-    found = inverse @ (both.T @ y)
-    off = (y - both @ found) ** 2
-    score = off.sum(0) / (1 - used / n) ** 2
-    splined = score < 0.98 * new.scatter * (n - k) / (1 - k / n) ** 2
+def _block_folds(f: np.ndarray, d: np.ndarray, folds: int = 5) -> np.ndarray:  # (n,)
+    "Fold of each spectrum; spectra of a block of 0.05 mm by 0.1 stay together."
+    names, block = np.unique(np.floor(f / 0.05) * 1000 + np.floor(d / 0.1), return_inverse=True)
+    return numpy_rng(0, "folds").permutation(len(names))[block] % folds
+
+def _solve(design: np.ndarray, y: np.ndarray, penalty: np.ndarray | float = 0.0) -> tuple[np.ndarray, np.ndarray]:
+    "Coefficients (terms, bins) of least squares, and the inverse of the normal matrix."
+    inverse = np.linalg.inv(design.T @ design + np.diag(np.broadcast_to(penalty + 1e-9, design.shape[1])))
+    return inverse @ (design.T @ y), inverse
+
+def _left_out(design: np.ndarray, y: np.ndarray, fold: np.ndarray, penalty: np.ndarray | float = 0.0) -> tuple:
+    "Squared errors of prediction (n, bins) of each fold by the others, over 1 + h and at most 25; and h (n,)."
+    square, h = np.empty_like(y), np.empty(len(y))
+    for k in range(fold.max() + 1):
+        here = fold == k
+        c, inverse = _solve(design[~here], y[~here], penalty)
+        t = design[here]
+        h[here] = np.einsum("ij,ij->i", t @ inverse, t)
+        square[here] = (y[here] - t @ c) ** 2 / (1 + h[here, None])
+    return np.minimum(square, 25), h
+
+def _add_splines(new: Emulator, terms: np.ndarray, local: np.ndarray, y: np.ndarray, fold: np.ndarray,
+                 square: np.ndarray, h: np.ndarray) -> tuple[Emulator, np.ndarray]:
+    "The emulator with splines in the bins that they predict better, and the squared errors (n, bins)."
+    both, k, inner = np.hstack([terms, local]), terms.shape[1], h < 1
+    penalty = np.where(np.arange(both.shape[1]) < k, 0, PENALTY)
+    (better, more), (found, inverse) = _left_out(both, y, fold, penalty), _solve(both, y, penalty)
+    error, other = ((v * (1 + u[:, None]))[inner].mean(0) for v, u in ((square, h), (better, more)))
+    splined = other < 0.98 * error
     return replace(new, splined=splined, splines=found[k:, splined], splined_inverse=inverse,
-                   coefficients=np.where(splined, found[:k], new.coefficients),
-                   scatter=np.where(splined, off.sum(0) / (n - used), new.scatter)), np.where(
-                       splined, off / _unused(both, inverse), square)
+                   coefficients=np.where(splined, found[:k], new.coefficients)), np.where(splined, better, square)
 
 # %% ../../nbs/deadlayer/40_likelihood.ipynb #37b27234
 def split_simulation(

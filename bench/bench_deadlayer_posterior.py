@@ -59,8 +59,8 @@ def coverage(scans, e, split, law, emulator, seed):
         median[here], dlf_median[here] = answer.quantile(0.5), answer.dlf(0.5)
         dlf_half[here] = (answer.dlf(0.84) - answer.dlf(0.16)) / 2
     found = {k: ps.sbc(r, block) for k, r in ranks.items()}
-    found["DLF < 0.1"] = ps.sbc(ranks["DLF"][e.dlf < 0.1], block[e.dlf < 0.1])["intervals"]
-    found["DLF >= 0.1"] = ps.sbc(ranks["DLF"][e.dlf >= 0.1], block[e.dlf >= 0.1])["intervals"]
+    found["DLF < 0.1"] = ps.sbc(ranks["DLF"][e.dlf < 0.1], block[e.dlf < 0.1])
+    found["DLF >= 0.1"] = ps.sbc(ranks["DLF"][e.dlf >= 0.1], block[e.dlf >= 0.1])
     free = NuisanceConfig(shift_keV=0, gain=0, resolution=0, scale=0.9, background=0)
     limits = {"nuisance known": None, "scale free": free} | ({"nuisance free": law} if law else {})
     found["width_mm"] = {f"half of {name} %": by_spectra(half[name], block) for name in half}

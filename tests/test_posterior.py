@@ -312,12 +312,12 @@ def test_the_guard_sees_a_small_common_excess_of_a_window(emulator):
     guard = ps.fit_guard(emulator, simulate(200, 5), n=150)
     e = ps.pseudo_experiments(simulate(200, 6), 40, NuisanceConfig(draw=True), seed=9)
     inside = torch.as_tensor((CENTRES > 210) & (CENTRES < 290), dtype=torch.float32)
-    more = e.counts + torch.poisson(0.03 * e.counts * inside, generator=torch_rng(3))
+    more = e.counts + torch.poisson(0.02 * e.counts * inside, generator=torch_rng(3))
     _, mu, pulls = ps.best_description(more, emulator, e.fccd_in_mm, e.dlf)
     rows = [v["windows"][6] for v in guard.check(more, e.fccd_in_mm, e.dlf)]
-    assert rows[0]["low_keV"] == 210 and np.mean([r["pull"] for r in rows]) > 3 and pulls.shape == (40, 11)
-    assert np.mean([ps.chi2_law.sf(r["chi2"], r["bins"]) < guard.p_value for r in rows]) < 0.3
-    assert np.mean([r["p_value"] < guard.p_value for r in rows]) > 0.5
+    assert rows[0]["low_keV"] == 210 and np.mean([r["pull"] for r in rows]) > 2 and pulls.shape == (40, 11)
+    by_bins = np.mean([ps.chi2_law.sf(r["chi2"], r["bins"]) < guard.p_value for r in rows])
+    assert np.mean([r["p_value"] < guard.p_value for r in rows]) > by_bins + 0.2
     _, _, right = ps.best_description(e.counts, emulator, e.fccd_in_mm, e.dlf)
     assert 0.6 < right.std() < 1.3, "pulls of described spectra are standard deviations"
 
@@ -333,7 +333,7 @@ def test_blocks_stay_together_in_the_folds():
 def test_calibration_of_dlf_knows_that_narrow_bands_are_too_narrow():
     def world(n, seed):
         rng = np.random.default_rng(seed)
-        band, dlf = 0.01 * np.exp(rng.normal(0, 0.6, n)), rng.uniform(0.2, 0.8, n)
+        band, dlf = 0.01 * np.exp(rng.normal(0, 0.4, n)), rng.uniform(0.2, 0.8, n)
         median = dlf + 0.01 * rng.normal(size=n)  # as far off where the band is narrow
         scans = ps.Scans(np.tile([0.9, 1.1], (n, 1)), np.tile([3.0, -3.0], (n, 1)),
                          np.stack([median - band, median, median + band], 1))

@@ -99,8 +99,8 @@ def test_compton_and_rayleigh_laws():
     rng = np.random.default_rng(5)
     scattered, cos = compton(np.full(100_000, 356.0), rng)
     off = scattered - 356 / (1 + 356 / 510.99895 * (1 - cos))  # by the motion of the electrons alone
-    assert abs(np.median(off)) < 0.1 and 0.3 < np.quantile(np.abs(off), 0.68) < 3
-    assert (356 - scattered > 207.3).mean() < 0.02 and scattered.mean() == pytest.approx(250.3, rel=0.01)
+    assert abs(np.median(off)) < 0.1 and 1 < np.quantile(np.abs(off), 0.5) < 4
+    assert 0 < (356 - scattered > 207.3).mean() < 0.08 and scattered.mean() == pytest.approx(250.3, rel=0.01)
     assert rayleigh(np.full(50_000, 356.0), rng).mean() > rayleigh(np.full(50_000, 31.0), rng).mean() > 0
     assert len(compton(np.empty(0), rng)[0]) == len(rayleigh(np.empty(0), rng)) == 0
 

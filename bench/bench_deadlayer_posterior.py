@@ -4,9 +4,11 @@ loop. Writes bench/results/deadlayer_posterior.json.
     python bench/bench_deadlayer_posterior.py --runs reference=RUN robust=RUN [--spectra STORE] [--measured FILE]
 
 Without --spectra and --measured the published files are taken: `V05268A` in $DEADLAYER_CRES_DATA or ../shared/data.
-Networks whose run draws nuisance parameters are calibrated and tested with them, the others without. Calibration uses
-the validation part of the run's split, all else the test part; the references come from an emulator of the training
-part. Networks that the file holds already, and that are not named, stay in it.
+Networks whose run draws nuisance parameters are calibrated and tested with them, the others without. Calibration and
+coverage use the validation and test parts of the run's split, cross-fitted: their blocks are dealt into ten folds, and
+each fold is judged by a calibration on the other nine; errors are by block. Bias, guard and the measurement use the
+calibration on all of them, bias and the power of the guard the test part; the references come from an emulator of the
+training part. Networks that the file holds already, and that are not named, stay in it.
 """
 import argparse
 import time
@@ -32,30 +34,43 @@ CHANGES = {"none": {}, "shift 0.1 keV": {"shift_keV": 0.1}, "shift -0.1 keV": {"
            "gain -0.05 %": {"gain": -5e-4}, "flat background 0.25 %": {"flat": 0.0025},
            "exponential background 0.25 %": {"exponential": 0.0025}}
 DEFECTS = {"1 % more in 210-290 keV": (210, 290, 1.01), "2 % more in 45-70 keV": (45, 70, 1.02),
-           "5 % more in 395-450 keV": (395, 450, 1.05), "5 % more in 25-45 keV": (25, 45, 1.05)}
+           "5 % more in 395-450 keV": (395, 450, 1.05), "5 % more in 25-45 keV": (25, 45, 1.05),
+           "1 % more in 100-140 keV": (100, 140, 1.01)}
 
 
 def by_spectra(values: np.ndarray, row: np.ndarray) -> tuple[float, float]:
-    "Mean, and its error from the scatter between spectra."
+    "Mean, and its error from the scatter between spectra, or between blocks of them."
     group = np.unique(row, return_inverse=True)[1]
     mean = values.mean()
     return float(mean), float(np.sqrt((np.bincount(group, values - mean) ** 2).sum()) / len(values))
 
 
-def coverage(net, test, references, calibration, law, emulator, n, seed):
-    "Rank histograms, coverages, and widths beside the limits, with and without nuisance parameters known."
-    e = ps.pseudo_experiments(test, n, law, seed)
-    answer = ps.infer_posterior(net, e.counts, references, calibration)
-    found = {"FCCD": ps.sbc(answer.rank(e.fccd_in_mm), e.row), "DLF": ps.sbc(answer.dlf_rank(e.dlf), e.row)}
+def coverage(scans, e, split, law, emulator, seed):
+    "Cross-fitted rank histograms, coverages, and widths beside the limits, nuisance parameters known or not."
+    block, fold = ps.folds(e, split, seed=seed)
+    ranks, half = {k: np.empty(len(e)) for k in ("FCCD", "DLF")}, {k: np.empty(len(e)) for k in ("68", "90")}
+    median, dlf_half, dlf_median = (np.empty(len(e)) for _ in range(3))
+    for k in range(fold.max() + 1):
+        here, others = np.flatnonzero(fold == k), np.flatnonzero(fold != k)
+        answer = ps.Posteriors(scans[here], ps.fit_calibration(scans[others], e[others]))
+        ranks["FCCD"][here], ranks["DLF"][here] = answer.rank(e.fccd_in_mm[here]), answer.dlf_rank(e.dlf[here])
+        for name in half:
+            half[name][here] = np.diff(answer.interval(name))[:, 0] / 2
+        median[here], dlf_median[here] = answer.quantile(0.5), answer.dlf(0.5)
+        dlf_half[here] = (answer.dlf(0.84) - answer.dlf(0.16)) / 2
+    found = {k: ps.sbc(r, block) for k, r in ranks.items()}
+    found["DLF < 0.1"] = ps.sbc(ranks["DLF"][e.dlf < 0.1], block[e.dlf < 0.1])
+    found["DLF >= 0.1"] = ps.sbc(ranks["DLF"][e.dlf >= 0.1], block[e.dlf >= 0.1])
     free = NuisanceConfig(shift_keV=0, gain=0, resolution=0, scale=0.9, background=0)
     limits = {"nuisance known": None, "scale free": free} | ({"nuisance free": law} if law else {})
-    found["width_mm"] = {f"half of {name} %": by_spectra(np.diff(answer.interval(name))[:, 0] / 2, e.row)
-                         for name in ("68", "90")}
-    median, half = answer.quantile(0.5), np.diff(answer.interval("68"))[:, 0] / 2
+    found["width_mm"] = {f"half of {name} %": by_spectra(half[name], block) for name in half}
+    found["width of DLF"] = {"half of 68 %": by_spectra(dlf_half, block),
+                             "rms of median - truth": float(np.sqrt(((dlf_median - e.dlf) ** 2).mean()))}
+    half, n = half["68"], len(e)
     for name, these in limits.items():
         limit = np.concatenate([ps.fisher_limit(emulator, e.fccd_in_mm[k:k + 250], e.dlf[k:k + 250], these)
                                 for k in range(0, n, 250)])
-        mean, error = by_spectra(half, e.row)
+        mean, error = by_spectra(half, block)
         found[f"limit, {name}"] = {"mean_mm": float(limit.mean()), "width / limit": mean / limit.mean(),
                                    "error": error / limit.mean(),
                                    "rms of (median - truth) / limit": float(np.sqrt((((median - e.fccd_in_mm)
@@ -115,10 +130,9 @@ def main():
     parser.add_argument("--runs", nargs="+", required=True, help="NAME=RUN")
     parser.add_argument("--spectra", type=Path, default=None)
     parser.add_argument("--measured", type=Path, default=None)
-    parser.add_argument("--experiments", type=int, default=1500)
-    parser.add_argument("--calibration", type=int, default=2000)
+    parser.add_argument("--experiments", type=int, default=3000)
     parser.add_argument("--bias", type=int, default=400)
-    parser.add_argument("--guard", type=int, default=600)
+    parser.add_argument("--guard", type=int, default=1000)
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=HERE / "results" / "deadlayer_posterior.json")
     args = parser.parse_args()
@@ -142,16 +156,18 @@ def main():
         if emulator is None or split != config.data.split:
             emulator, split = fit_emulator(concatenate([p["train"] for p in parts.values()])), config.data.split
             references = ps.reference_spectra(emulator)
-            guard = ps.fit_guard(emulator, valid, n=args.guard, seed=args.seed)
+            guard = ps.fit_guard(emulator, valid, n=args.guard, seed=args.seed)  # the test part is for its power
             power = guard_power(guard, test, NuisanceConfig(draw=True), args.guard, args.seed + 1)
-            result["guard"] = {"p_value": guard.p_value, "inflation": guard.inflation, "false_alarm": guard.false_alarm,
-                               "experiments": guard.experiments, "power": power}
+            result["guard"] = {"p_value": guard.p_value, "inflation": guard.inflation, "law": guard.law,
+                               "false_alarm": guard.false_alarm, "experiments": guard.experiments, "power": power}
             print(f"{time.perf_counter() - start:.0f} s  guard {result['guard']}", flush=True)
         law = config.pairs.nuisance if config.pairs.nuisance.draw else None
-        calibration = ps.calibrate(net, valid, references, law, args.calibration, args.seed)
+        e = ps.pseudo_experiments(concatenate([valid, test]), args.experiments, law, args.seed)
+        scans = ps.scan_spectra(net, e.counts, references)
+        calibration = ps.fit_calibration(scans, e)
         found = {"machine": about(), "calibration": {"experiments": calibration.experiments,
                                                      "spectra": calibration.spectra}}
-        found["coverage"] = coverage(net, test, references, calibration, law, emulator, args.experiments, args.seed + 1)
+        found["coverage"] = coverage(scans, e, config.data.split, law, emulator, args.seed)
         print(f"{time.perf_counter() - start:.0f} s  {name} coverage {found['coverage']}", flush=True)
         found["bias"] = bias(net, test, references, calibration, args.bias, args.seed + 2)
         print(f"{time.perf_counter() - start:.0f} s  {name} bias {found['bias']}", flush=True)

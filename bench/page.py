@@ -79,6 +79,15 @@ TABLES = {
                              "DLF": "parameters/dlf", "deviance": "deviance", "bins less parameters": "ndf"}),
                       Table("FCCD from the peak ratio at DLF = 1, by model of the peak", "peak_ratio/step/by_model/*",
                             {"FCCD [mm]": "fccd_in_mm", "ratio": "ratio"})],
+    "deadlayer_posterior": [
+        Table("Coverage of FCCD and DLF over pseudo-experiments", "*/coverage/*/intervals/*",
+              {"coverage": "coverage", "error": "error", "nominal": "nominal"}),
+        Table("Half width of the 68 % interval of FCCD over the limit", "*/coverage/limit, *",
+              {"width / limit": ("width / limit",), "limit [mm]": "mean_mm"}),
+        Table("Bias of FCCD by a change of the measurement, over the quoted error", "*/bias/*",
+              {"bias / quoted error": ("bias / quoted error",), "bias [mm]": "bias_mm"}),
+        Table("Share of pseudo-experiments that the guard flags", "guard/power/*",
+              {"flagged": "flagged", "in the right window": "window named"})],
     "deadlayer_simulate": [
         Table("Counts over those of the published simulation, FCCD 1 mm, DLF 1", "published/1.00 mm, DLF 1.00/*",
               {"ratio": ""}),

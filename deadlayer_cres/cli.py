@@ -152,8 +152,10 @@ def simulate(args: Namespace) -> None:
         hits = read_hits_lh5(args.hits, args.decays, args.table)
         spectra = spectra_of_hits(hits, *labels, seed=args.seed, fwhm=fwhm)
     else:
+        setup = setup_from_args(args)
+        setup.crystal.check_fccd(args.max_fccd_in_mm, "--max_fccd_in_mm")
         spectra = simulate_spectra(*labels, 5_000_000 if args.decays is None else args.decays, seed=args.seed,
-                                   setup=setup_from_args(args), independent=args.independent, fwhm=fwhm)
+                                   setup=setup, independent=args.independent, fwhm=fwhm)
     if args.flat_per_keV or args.exponential_per_keV or args.pile_up:
         spectra = contaminate(spectra, args.seed, flat_per_keV=args.flat_per_keV, scale_keV=args.scale_keV,
                               exponential_per_keV=args.exponential_per_keV, pile_up_probability=args.pile_up)
@@ -492,7 +494,9 @@ def write_fit(out: Path, measured, peaks, full, emulator, check, model: str, fac
         write_json(new / "fit.json", {"peak_ratio": peaks.summary(), "likelihood": full.summary(),
                                       "emulator": check.summary(), "facts": facts})
     print_pairs("Dead layer", fit_rows(peaks, full, check))
-    if bad := [f.name for f in full.fits if not f.described]:
+    if bad := [f.name for f in full.fits if not f.valid]:
+        print(f"warning: the fit did not converge, its numbers are not valid, in: {', '.join(bad)}", file=sys.stderr)
+    if bad := [f.name for f in full.fits if f.valid and not f.described]:
         print(f"warning: no simulated spectrum describes the data (p < 0.001) in: {', '.join(bad)}; errors there are "
               "those of statistics alone", file=sys.stderr)
     print(f"figures and numbers: {out}")
@@ -504,7 +508,8 @@ def fit_rows(peaks, full, check) -> dict:
             "emulator": f"pull RMS {check.summary()['pull_rms']:.3f} on {check.spectra} held-out spectra"}
     for r in full.rows():
         rows[r["window"]] = (f"FCCD {r['fccd_in_mm']:.3f} +{r['fccd_up']:.3f} -{r['fccd_down']:.3f} mm, "
-                             f"DLF {r['dlf']:.3f} +{r['dlf_up']:.3f} -{r['dlf_down']:.3f}, p = {r['p_value']:.1e}")
+                             f"DLF {r['dlf']:.3f} +{r['dlf_up']:.3f} -{r['dlf_down']:.3f}, p = {r['p_value']:.1e}"
+                             + ("" if r["valid"] else " (not valid: the fit did not converge)"))
     return rows
 
 # %% ../nbs/90_cli.ipynb #d0e1c76b

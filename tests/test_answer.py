@@ -5,6 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+from scipy.stats import chi2
 
 from deadlayer_cres.core import ConfigError, DataError
 from deadlayer_cres.deadlayer.answer import (
@@ -31,7 +32,7 @@ def estimate(method="peak ratio", family="peaks", fccd=1.0, error=0.05, **option
 def window(name, ranges, fccd=1.0, error=0.02, deviance=10.0, valid=True, dlf=0.5):
     nothing = np.zeros(0)
     return WindowFit(name, ranges, fccd, (fccd - error, fccd + error), dlf, (dlf - 0.1, dlf + 0.1), {}, deviance, 10,
-                     0.01, valid, nothing, nothing, nothing, nothing)
+                     0.01, float(chi2.sf(deviance, 10)), valid, nothing, nothing, nothing, nothing)
 
 
 def test_consensus_of_equal_errors_is_the_mean():

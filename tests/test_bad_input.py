@@ -373,6 +373,7 @@ SIMULATE = ["simulate", "--random", "2", "--dlf1", "1", "--decays", "2000"]
     (["--out", "o.h5", "--random", "0", "--dlf1", "0"], ["at least one"]),
     (["--out", "o.h5", "--decays", "0"], ["decays", "0"]), (["--out", "o.h5", "--decays", "lots"], ["decays", "lots"]),
     (["--out", "o.h5", "--max_fccd_in_mm", "-1"], ["max_fccd_in_mm"]),
+    (["--out", "o.h5", "--max_fccd_in_mm", "60"], ["--max_fccd_in_mm", "for this crystal", "60 mm"]),
 ], ids=lambda v: " ".join(v))
 def test_simulate_refuses(world, capfd, options, words):
     refused(capfd, [*SIMULATE, *options], *words)

@@ -193,7 +193,8 @@ def test_intervals_cover_the_truth(emulator):
         for level, error in done[name]["binomial_error"].items():
             assert abs(done[name]["coverage"][level] - float(level) / 100) < 3.3 * error
         assert 0.7 < done[name]["pull_rms"] < 1.35
-    assert 0.3 < done["mean_p_value"] < 0.75 and done["not_converged"] == 0
+    assert 0.35 < done["mean_p_value"] < 0.65 and done["not_converged"] == 0
+    assert done["uniform_p_value"] > 0.01 and done["share_p_below_0.05"] < 0.15
     again = coverage(emulator, spectra(60, 9), 3, nuisance={"scale": 0.05}, seed=1)
     assert again == coverage(emulator, spectra(60, 9), 3, nuisance={"scale": 0.05}, seed=1)
 
@@ -297,3 +298,49 @@ def test_split_keeps_blocks_together():
     cells = [set(zip((s.fccd_in_mm / 0.05).astype(int), (s.dlf / 0.1).astype(int), strict=True)) for s in (train, test)]
     assert not cells[0] & cells[1]
     assert minimise(Likelihood(drawn(mc.counts[0] // 3), fit_emulator(train, (4, 3)), WHOLE, {"scale": 0.05})).valid
+
+
+@pytest.mark.parametrize("ratio", [0.0, 0.35])
+def test_moments_of_the_deviance_hold_for_few_counts(ratio):
+    rng, mu = np.random.default_rng(0), np.array([0.05, 0.5, 3.0, 12.0, 200.0])
+    shape = mu / ratio if ratio else np.inf
+    n = rng.poisson(rng.gamma(shape, mu / shape, (200_000, 5)) if ratio else np.tile(mu, (200_000, 1)))
+    beta, penalty = barlow_beeston(n, mu, max(ratio, 1e-9) / mu + 0 * n)
+    m = np.maximum(beta * mu, 1e-300)
+    d = 2 * (m - n + lh.xlogy(n, n / m)) + (penalty if ratio else 0)
+    mean_, variance = lh.deviance_moments(mu, ratio / mu)
+    assert d.mean(0) == pytest.approx(mean_, rel=0.03) and d.var(0) == pytest.approx(variance, rel=0.08)
+
+
+def test_structures_that_move_get_splines_and_an_honest_noise():
+    def moving(n, seed):
+        rng = np.random.default_rng(seed)
+        f, d, c = rng.uniform(0, 2, n), rng.uniform(0, 1, n), np.arange(20) + 0.5
+        at = (4 + 10 * f * d)[:, None]
+        means = 900 + 250 * np.exp(-((c - at) ** 2) / 2) * (c < 19)
+        means[:, 14:] = 900
+        return Spectra(rng.poisson(3 * means), np.arange(5, 26.0), f, d, 3.0)
+
+    emulator = fit_emulator(moving(2500, 0), (6, 4))
+    assert emulator.splined[:14].mean() > 0.7 and not emulator.splined[16:].any()
+    test = moving(800, 1)
+    inside = (test.fccd_in_mm > 0.2) & (test.fccd_in_mm < 1.8) & (test.dlf > 0.1) & (test.dlf < 0.9)
+    z = emulator.pulls(test)[inside]
+    assert np.abs(z[:, 16:].std() - 1) < 0.05 and 0.7 < z[:, :14].std() < 1.35
+    plain = dataclasses.replace(emulator, splined=np.zeros(20, bool))
+    assert (plain.residuals(test)[inside, :14] ** 2).mean() > 1.3 * (emulator.residuals(test)[inside, :14] ** 2).mean()
+
+
+def test_a_fit_that_is_not_valid_is_marked(emulator):
+    data = drawn(np.random.default_rng(6).poisson(mean(1.0, 0.5)[0]))
+    fit = fit_window(Likelihood(data, emulator, WHOLE, {"scale": 0.05}))
+    full = lh.FullFit([fit, dataclasses.replace(fit, name="other", valid=False)], {}, 1.0)
+    assert full.summary()["not_valid"] == ["other"] and full.summary()["described"] == ["whole"]
+    labels = [t.get_text() for t in lh.windows_figure(full).axes[0].get_yticklabels()]
+    assert "not valid" in labels[1] and "not valid" not in labels[0]
+
+    class Peaks:
+        ratio, dlf, fccd_in_mm, up_in_mm, down_in_mm = type("R", (), {"value": 0.7, "error": 0.01}), 1.0, 1.0, 0.1, 0.1
+
+    rows = cli.fit_rows(Peaks, full, check_emulator(emulator, spectra(40, 7)))
+    assert "not valid" in rows["other"] and "not valid" not in rows["whole"]

@@ -7,7 +7,7 @@ from scipy.stats import norm
 
 from deadlayer_cres.core import ConfigError, DataError, config_from_dict, to_plain, torch_rng
 from deadlayer_cres.deadlayer import posterior as ps
-from deadlayer_cres.deadlayer.data import Spectra
+from deadlayer_cres.deadlayer.data import Spectra, SplitConfig
 from deadlayer_cres.deadlayer.likelihood import LINES_KEV, Distortion
 from deadlayer_cres.deadlayer.prep import (
     InputConfig,
@@ -181,10 +181,7 @@ def gauss():
     net = Gauss()
     counts, fccd, dlf = gauss_world(1500, 0)
     scans = ps.scan_spectra(net, counts, REFERENCES, batch=100)
-    where = scans.where()
-    calibration = ps.Calibration(ps.fit_pivot(scans.at(fccd), where),
-                                 ps.fit_pivot(ps.dlf_offset(scans.dlf, dlf), where), 1500, 1500)
-    return net, calibration
+    return net, ps.fit_calibration(scans, ps.Experiments(counts, fccd, dlf, np.arange(1500)))
 
 
 def test_the_posterior_of_a_gaussian_measurement_is_the_gaussian(gauss):
@@ -250,7 +247,7 @@ def test_the_fit_finds_nuisance_parameters(emulator):
     mean = torch.as_tensor(expected([1.1] * 8, [0.4] * 8), dtype=torch.float32)
     moved = Nuisance(EDGES, device="cpu")(mean, {"shift_keV": 0.08, "resolution": 0.03, "scale": 1.04})
     counts = torch.poisson(moved, generator=torch_rng(0))
-    values, mu = ps.best_description(counts, emulator, np.full(8, 1.0), np.full(8, 0.5))
+    values, mu, _ = ps.best_description(counts, emulator, np.full(8, 1.0), np.full(8, 0.5))
     for name, truth, close in (("shift_keV", 0.08, 0.01), ("resolution", 0.03, 0.01), ("scale", 1.04, 0.02),
                                ("fccd_in_mm", 1.1, 0.03)):
         assert values[name].mean() == pytest.approx(truth, abs=close), name
@@ -260,7 +257,7 @@ def test_the_fit_finds_nuisance_parameters(emulator):
 
 def test_guard(spectra, emulator):
     guard = ps.fit_guard(emulator, simulate(200, 5), n=150)
-    assert (guard.inflation >= 1).all() and 0 < guard.p_value < 0.02
+    assert (guard.inflation >= 1).all() and 0 < guard.p_value < 0.02 and guard.law.shape == (11, 2)
     e = ps.pseudo_experiments(simulate(200, 6), 100, NuisanceConfig(draw=True), seed=9)
     fine = guard.check(e.counts, e.fccd_in_mm, e.dlf)
     assert np.mean([not v["described"] for v in fine]) < 0.08
@@ -309,3 +306,47 @@ def test_the_loop_stops_at_the_end_of_the_range(emulator):
     calibration = ps.Calibration(ps.Pivot(np.zeros(6), np.zeros(6), ps.SCORES), None, 1, 1)
     loop = ps.iterate(net, one, emulator, 1.0, calibration)
     assert not loop.balanced and loop.fccd_in_mm == pytest.approx(emulator.fccd_range_mm[1])
+
+
+def test_the_guard_sees_a_small_common_excess_of_a_window(emulator):
+    guard = ps.fit_guard(emulator, simulate(200, 5), n=150)
+    e = ps.pseudo_experiments(simulate(200, 6), 40, NuisanceConfig(draw=True), seed=9)
+    inside = torch.as_tensor((CENTRES > 210) & (CENTRES < 290), dtype=torch.float32)
+    more = e.counts + torch.poisson(0.02 * e.counts * inside, generator=torch_rng(3))
+    _, mu, pulls = ps.best_description(more, emulator, e.fccd_in_mm, e.dlf)
+    rows = [v["windows"][6] for v in guard.check(more, e.fccd_in_mm, e.dlf)]
+    assert rows[0]["low_keV"] == 210 and np.mean([r["pull"] for r in rows]) > 2 and pulls.shape == (40, 11)
+    by_bins = np.mean([ps.chi2_law.sf(r["chi2"], r["bins"]) < guard.p_value for r in rows])
+    assert np.mean([r["p_value"] < guard.p_value for r in rows]) > by_bins + 0.2
+    _, _, right = ps.best_description(e.counts, emulator, e.fccd_in_mm, e.dlf)
+    assert 0.6 < right.std() < 1.3, "pulls of described spectra are standard deviations"
+
+
+def test_blocks_stay_together_in_the_folds():
+    rng = np.random.default_rng(0)
+    e = ps.Experiments(torch.zeros(500, 2), rng.uniform(0, 2, 500), rng.uniform(0, 1, 500), np.arange(500))
+    block, fold = ps.folds(e, SplitConfig(), 5)
+    assert set(fold) == set(range(5)) and all(len(set(fold[block == b])) == 1 for b in set(block))
+    assert all(np.ptp(e.fccd_in_mm[block == b]) < 0.05 and np.ptp(e.dlf[block == b]) < 0.1 for b in set(block))
+
+
+def test_calibration_of_dlf_knows_that_narrow_bands_are_too_narrow():
+    def world(n, seed):
+        rng = np.random.default_rng(seed)
+        band, dlf = 0.01 * np.exp(rng.normal(0, 0.4, n)), rng.uniform(0.2, 0.8, n)
+        median = dlf + 0.01 * rng.normal(size=n)  # as far off where the band is narrow
+        scans = ps.Scans(np.tile([0.9, 1.1], (n, 1)), np.tile([3.0, -3.0], (n, 1)),
+                         np.stack([median - band, median, median + band], 1))
+        return scans, ps.Experiments(torch.zeros(n, 2), rng.uniform(0.95, 1.05, n), dlf, np.arange(n))
+
+    calibration = ps.fit_calibration(*world(4000, 0))
+    scans, e = world(4000, 1)
+    inside = np.abs(calibration.dlf_score(scans.dlf, e.dlf, scans.where())) < 1
+    narrow = np.ptp(scans.dlf, axis=1) < 0.012
+    before, b = world(4000, 0)
+    blind = ps.fit_pivot(ps.dlf_offset(before.dlf, b.dlf), before.where())
+    unaware = np.abs(blind.score(ps.dlf_offset(scans.dlf, e.dlf), scans.where())) < 1
+    assert unaware[narrow].mean() < 0.5 < 0.59 < inside[narrow].mean() < 0.72
+    assert abs(inside[~narrow].mean() - 0.68) < 0.04
+    low, high = (calibration.dlf(scans.dlf, level, scans.where()) for level in (0.16, 0.84))
+    assert abs(((low < e.dlf) & (e.dlf < high)).mean() - 0.68) < 0.03

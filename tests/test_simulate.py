@@ -7,6 +7,7 @@ from deadlayer_cres.core import ConfigError, DataError
 from deadlayer_cres.deadlayer.detector import (
     Crystal,
     Setup,
+    compton_profiles,
     cross_sections,
     exponential_linear_activeness,
     inside,
@@ -20,6 +21,7 @@ from deadlayer_cres.deadlayer.simulate import (
     compton,
     concatenate_hits,
     cross_layers,
+    doppler,
     emit,
     enter,
     load_hits,
@@ -31,6 +33,7 @@ from deadlayer_cres.deadlayer.simulate import (
     save_hits,
     simulate_hits,
     simulate_spectra,
+    spectra_of_hits,
     spectrum,
     transport,
     turn,
@@ -95,8 +98,9 @@ def test_photons_cross_the_borehole():
 def test_compton_and_rayleigh_laws():
     rng = np.random.default_rng(5)
     scattered, cos = compton(np.full(100_000, 356.0), rng)
-    assert np.allclose(scattered, 356 / (1 + 356 / 510.99895 * (1 - cos)))
-    assert (356 - scattered).max() <= 207.3 and scattered.mean() == pytest.approx(250.3, rel=0.01)
+    off = scattered - 356 / (1 + 356 / 510.99895 * (1 - cos))  # by the motion of the electrons alone
+    assert abs(np.median(off)) < 0.1 and 1 < np.quantile(np.abs(off), 0.5) < 4
+    assert 0 < (356 - scattered > 207.3).mean() < 0.08 and scattered.mean() == pytest.approx(250.3, rel=0.01)
     assert rayleigh(np.full(50_000, 356.0), rng).mean() > rayleigh(np.full(50_000, 31.0), rng).mean() > 0
     assert len(compton(np.empty(0), rng)[0]) == len(rayleigh(np.empty(0), rng)) == 0
 
@@ -112,7 +116,7 @@ def test_turn_keeps_length_and_angle():
 
 
 def test_emission_and_layers():
-    n, rng = 400_000, np.random.default_rng(7)
+    n, rng = 1_000_000, np.random.default_rng(7)
     setup = Setup(endcap_thickness_mm=0, wrap_thickness_mm=0, source_foil_mm=0)
     for energy in (31.0, 356.0):
         bare = enter(cross_layers(emit(np.arange(n), np.full(n, energy), setup, rng), setup, rng), setup.crystal)
@@ -269,3 +273,37 @@ def test_simulated_sets():
     assert narrow.counts.shape == (1, 200)
     with pytest.raises(ConfigError):
         simulate_spectra([1.0, -1.0], 0.5, 10**12, progress_bar=False)
+
+
+@pytest.mark.parametrize(("z", "low", "high"), [(32, 2.3, 4.0), (6, 1.5, 2.7)])
+def test_moving_electrons_blur_the_compton_edge(z, low, high):
+    "The FWHM of the 180 degree scatter follows from the profile: dE' = p_z/mc times the momentum transfer, nearly."
+    n, energy = 200_000, np.full(200_000, 356.013)
+    rest = energy / (1 + 2 * energy / 510.999)
+    found = doppler(energy, rest, -np.ones(n), np.random.default_rng(0), z)
+    off = found - rest
+    count, edges = np.histogram(off, 320, (-16, 16))
+    above = edges[:-1][count > count.max() / 2]
+    assert low < np.ptp(above) + 0.1 < high and abs(np.median(off)) < 0.2
+    assert (found > 0).all() and (energy - found > 0).all() and len(np.unique(found)) > 0.99 * n
+    median = np.abs(off) / (rest / energy * (energy + rest)) * energy / energy[0]
+    c = compton_profiles(z)
+    drawn = [np.interp(np.log(2), c.step * np.arange(c.momentum.shape[1]), m) for m in c.momentum]
+    assert min(drawn) < np.median(median) < max(drawn)
+
+
+def test_no_electron_takes_less_than_its_binding():
+    energy = np.full(20_000, 12.0)
+    found = doppler(energy, energy - 0.01, np.full(20_000, 0.9), np.random.default_rng(1))
+    lost = energy - found
+    moved = found != energy - 0.01
+    assert moved.mean() > 0.5 and lost[moved].min() >= compton_profiles().binding_keV.min()
+
+
+def test_an_fccd_that_the_crystal_cannot_have_is_refused(hits):
+    limit = Crystal().max_fccd_in_mm
+    assert 9 < limit < 20
+    with pytest.raises(ConfigError, match=f"{limit:g} mm for this crystal"):
+        simulate_spectra([1.0, 60.0], 0.5, 10**12, progress_bar=False)
+    with pytest.raises(ConfigError, match="deepest of these hits"):
+        spectra_of_hits(hits, [1.0, 60.0], [0.5, 0.5])

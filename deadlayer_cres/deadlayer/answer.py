@@ -84,13 +84,14 @@ def from_likelihood(full: FullFit) -> list[Estimate]:
         return max(a, low), min(b, high)
 
     for f in full.fits:
-        note = "" if f.valid else "the fit did not converge"
-        if f.inflation > 1:
+        note = "" if f.valid else "not valid: the fit did not converge"
+        if f.valid and f.inflation > 1:
             note = "; ".join(filter(None, (note, f"errors x {f.inflation:.1f}")))
         rows.append(Estimate(
             f"likelihood, {f.name}" + (" keV" if f.name[-1].isdigit() else ""), "likelihood", f.fccd_in_mm,
             enlarged(f.fccd_in_mm, f.fccd_interval_mm, f.inflation, 0.0, np.inf), f.dlf,
-            enlarged(f.dlf, f.dlf_interval, f.inflation, 0.0, 1.0), f.described, any(f is c for c in counted), note))
+            enlarged(f.dlf, f.dlf_interval, f.inflation, 0.0, 1.0), f.described if f.valid else None,
+            any(f is c for c in counted), note))
     return rows
 
 # %% ../../nbs/deadlayer/43_answer.ipynb #504dd74c

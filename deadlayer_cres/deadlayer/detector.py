@@ -7,8 +7,8 @@ __all__ = ['MATERIALS', 'HC_KEV_ANGSTROM', 'LEVELS_KEV', 'CAPTURE', 'TRANSITIONS
            'GE_K_LINES', 'GE_K_EDGE_KEV', 'GE_K_SHARE', 'Crystal', 'Box', 'Cone', 'crystal_volumes', 'volume_cm3',
            'mass_g', 'nplus_outline', 'distance_to_nplus_mm', 'inside', 'active_volume_cm3', 'Detector',
            'read_detector', 'Surroundings', 'Setup', 'volumes', 'bench_setup', 'CrossSections', 'cross_sections',
-           'scattering_functions', 'Fluorescence', 'fluorescence', 'linear_activeness', 'exponential_linear_activeness',
-           'fwhm_keV', 'Transition', 'line_intensities']
+           'scattering_functions', 'ComptonProfiles', 'compton_profiles', 'Fluorescence', 'fluorescence',
+           'linear_activeness', 'exponential_linear_activeness', 'fwhm_keV', 'Transition', 'line_intensities']
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #b47acc18
 from dataclasses import dataclass, field
@@ -55,6 +55,17 @@ class Crystal:
             raise ConfigError("nplus_free_radius_mm between 0 and radius_mm", f"{self.nplus_free_radius_mm}",
                               row="Crystal")
         _check_shape(self)
+
+    @property
+    def max_fccd_in_mm(self) -> float:
+        "Where the layers of opposite surfaces would meet, or that of the bottom would reach the p+ contact."
+        wall, floor = self.radius_mm - self.borehole_radius_mm, self.height_mm - self.borehole_depth_mm
+        return min(wall, floor, self.nplus_free_radius_mm or wall) / 2
+
+    def check_fccd(self, fccd_in_mm: float, row: str) -> None:
+        "Raise a `ConfigError` unless this crystal can have a layer of that depth."
+        if not 0 <= fccd_in_mm < self.max_fccd_in_mm:
+            raise ConfigError(f"0 <= FCCD < {self.max_fccd_in_mm:g} mm for this crystal", f"{fccd_in_mm:g} mm", row=row)
 
     @property
     def plain(self) -> bool:
@@ -218,9 +229,7 @@ def active_volume_cm3(
 ) -> float:  # cm³
     "Volume deeper under the n+ surface than the FCCD (half of it, by default, in the borehole)."
     f, a, b = fccd_in_mm, crystal.nplus_free_radius_mm, crystal.borehole_radius_mm
-    limit = min(crystal.radius_mm - b, crystal.height_mm - crystal.borehole_depth_mm, a) / 2
-    if not 0 <= f < limit:
-        raise ConfigError(f"0 <= fccd_in_mm < {limit:g} mm for this crystal", f"{f}", row="active_volume_cm3")
+    crystal.check_fccd(f, "active_volume_cm3")
     if not crystal.plain:
         r, z = np.meshgrid((np.arange(800) + 0.5) * crystal.radius_mm / 800,
                            (np.arange(1600) + 0.5) * crystal.height_mm / 1600)
@@ -535,6 +544,36 @@ def scattering_functions(z: int = 32, points: int = 600) -> tuple[np.ndarray, np
     q = np.geomspace(1e-3, 40.0, points)
     s = np.array([xrl.SF_Compt(z, v) for v in q.tolist()]) / z
     return q, np.clip(s, 0, 1), np.array([xrl.FF_Rayl(z, v) for v in q.tolist()])
+
+# %% ../../nbs/deadlayer/10_detector.ipynb #92e65b69
+@dataclass(frozen=True, eq=False)
+class ComptonProfiles:
+    "Momenta of the electrons of an atom along the momentum transfer."
+
+    share: np.ndarray  # (shells,) of the electrons
+    binding_keV: np.ndarray  # (shells,)
+    momentum: np.ndarray  # (shells, k) quantiles of |p_z| / mc
+    step: float  # of v = -ln(1 - P) from one quantile to the next
+
+@cache
+def compton_profiles(z: int = 32, points: int = 241) -> ComptonProfiles:
+    "Table the subshells of element `z` with xraylib; electrons of subshells without a profile join the one below."
+    import xraylib as xrl
+
+    electrons, binding, momentum = [], [], []
+    p, v = np.concatenate([[0.0], np.geomspace(1e-3, 100, 1200)]), np.linspace(0, 12, points)
+    for shell in range(xrl.Q3_SHELL):
+        try:
+            n = xrl.ElectronConfig(z, shell)
+            profile = np.array([xrl.ComptonProfile_Partial(z, shell, x) for x in p.tolist()])
+            binding.append(xrl.EdgeEnergy(z, shell))
+        except ValueError:  # no such shell, or no profile of it
+            continue
+        electrons.append(n)
+        tail = np.concatenate([np.cumsum(((profile[1:] + profile[:-1]) / 2 * np.diff(p))[::-1])[::-1], [0.0]])
+        momentum.append(np.interp(v, -np.log(np.maximum(tail / tail[0], 1e-30)), p) / 137.035999)
+    electrons[-1] += z - sum(electrons)
+    return ComptonProfiles(np.array(electrons) / z, np.array(binding), np.stack(momentum), float(v[1]))
 
 # %% ../../nbs/deadlayer/10_detector.ipynb #472c9f1c
 @dataclass(frozen=True, eq=False)

@@ -4,11 +4,11 @@
 
 # %% auto #0
 __all__ = ['LOWEST_KEV', 'TOGETHER', 'UNITS', 'BLOCK', 'PUBLISHED_EDGES_KEV', 'CELLS', 'MEASUREMENT_DECAYS', 'sample_decays',
-           'Photons', 'compton', 'rayleigh', 'turn', 'isotropic', 'emit', 'cross_layers', 'enter', 'transport',
-           'Geometry', 'fly', 'interact', 'xray', 'track', 'emit_around', 'Hits', 'concatenate_hits', 'save_hits',
-           'load_hits', 'read_hits_lh5', 'simulate_hits', 'measured_energies', 'spectrum', 'exponential_linear',
-           'grid_spectra', 'background', 'pile_up', 'contaminate', 'simulate_spectra', 'spectra_of_hits', 'peak_counts',
-           'log_peak_ratio']
+           'Photons', 'compton', 'doppler', 'rayleigh', 'turn', 'isotropic', 'emit', 'cross_layers', 'enter',
+           'transport', 'Geometry', 'fly', 'interact', 'xray', 'track', 'emit_around', 'Hits', 'concatenate_hits',
+           'save_hits', 'load_hits', 'read_hits_lh5', 'simulate_hits', 'measured_energies', 'spectrum',
+           'exponential_linear', 'grid_spectra', 'background', 'pile_up', 'contaminate', 'simulate_spectra',
+           'spectra_of_hits', 'peak_counts', 'log_peak_ratio']
 
 # %% ../../nbs/deadlayer/11_simulate.ipynb #10b6b91a
 import contextlib
@@ -49,6 +49,7 @@ from deadlayer_cres.deadlayer.detector import (
     Cone,
     Crystal,
     Setup,
+    compton_profiles,
     cross_sections,
     distance_to_nplus_mm,
     exponential_linear_activeness,
@@ -113,7 +114,7 @@ def compton(
     rng: np.random.Generator,
     z: int = 32,  # atomic number of the scatterer, for the binding of its electrons
 ) -> tuple[np.ndarray, np.ndarray]:  # (n,) scattered energy in keV; (n,) cosine of the scattering angle
-    "Draw Compton scatterings: Klein-Nishina times the incoherent scattering function."
+    "Draw Compton scatterings: Klein-Nishina times the incoherent scattering function, off moving electrons."
     q_grid, bound, _ = scattering_functions(z)
     log_q = np.log(q_grid)
     scattered, cos = np.empty_like(energy_keV), np.empty_like(energy_keV)
@@ -129,7 +130,35 @@ def compton(
         good = w < (1 - eps * t * (2 - t) / (1 + eps**2)) * np.interp(np.log(q), log_q, bound)
         scattered[todo[good]], cos[todo[good]] = eps[good] * energy_keV[todo[good]], 1 - t[good]
         todo = todo[~good]
-    return scattered, np.clip(cos, -1, 1)
+    cos = np.clip(cos, -1, 1)
+    return doppler(energy_keV, scattered, cos, rng, z), cos
+
+def doppler(
+    energy_keV: np.ndarray,  # (n,)
+    scattered_keV: np.ndarray,  # (n,) off electrons at rest
+    cos: np.ndarray,  # (n,) cosine of the scattering angle
+    rng: np.random.Generator,
+    z: int = 32,
+) -> np.ndarray:  # (n,) scattered energy in keV
+    "Scattered energies off the moving electrons of element `z`, in the impulse approximation (Ribberfors 1975)."
+    table, new, todo = compton_profiles(z), scattered_keV.copy(), np.arange(len(energy_keV))
+    last = table.momentum.shape[1] - 1
+    for _ in range(50):  # what no electron can take in so many tries keeps the energy of an electron at rest
+        shell = _pick(rng, len(todo), table.share)
+        at = np.minimum(rng.standard_exponential(len(todo)) / table.step, last - 1e-9)
+        k = at.astype(int)
+        p = table.momentum[shell, k]
+        p = p + (at - k) * (table.momentum[shell, k + 1] - p)
+        energy, ratio, t = energy_keV[todo], scattered_keV[todo] / energy_keV[todo], p * p
+        a, b = 1 - t * ratio * cos[todo], 1 - t * ratio**2
+        root = a * a - b * (1 - t)
+        found = energy * ratio / b * (a + np.sqrt(np.maximum(root, 0)) * np.where(rng.random(len(todo)) < 0.5, -1, 1))
+        good = (root >= 0) & (found > 0) & (energy - found >= table.binding_keV[shell])
+        new[todo[good]] = found[good]
+        todo = todo[~good]
+        if not len(todo):
+            break
+    return new
 
 # %% ../../nbs/deadlayer/11_simulate.ipynb #faf892b2
 def rayleigh(
@@ -816,6 +845,7 @@ def simulate_spectra(
     fccd, dead = np.broadcast_arrays(np.atleast_1d(np.asarray(fccd_in_mm, float)), np.asarray(dlf, float))
     linear_activeness(np.zeros_like(fccd), fccd, dead)  # refuses impossible values before the long part
     setup = setup or Setup()
+    setup.crystal.check_fccd(fccd.max(initial=0.0), "simulate_spectra")
     if not independent:
         hits = simulate_hits(decays, setup, seed, progress_bar)
         return spectra_of_hits(hits, fccd, dead, seed=seed, **kwargs)
@@ -837,8 +867,12 @@ def spectra_of_hits(
     seed: int = 0,  # of the resolution
     **kwargs,  # of `grid_spectra`
 ) -> Spectra:  # n spectra with labels and exposure
-    "Spectra of the same hits for each pair of FCCD and DLF."
+    "Spectra of the same hits for each pair of FCCD and DLF; a `ConfigError` where all germanium would be dead."
     fccd, dead = np.broadcast_arrays(np.atleast_1d(np.asarray(fccd_in_mm, float)), np.asarray(dlf, float))
+    deepest = float(np.nanmax(hits.distance_to_nplus_mm, initial=0.0)) if len(hits) else np.inf
+    if not np.isnan(hits.distance_to_nplus_mm).any() and fccd.max(initial=0.0) >= deepest:
+        raise ConfigError(f"FCCD below {deepest:.4g} mm, the depth of the deepest of these hits",
+                          f"{fccd.max():g} mm", row="spectra_of_hits")
     counts = grid_spectra(hits, fccd, dead, seed=seed, **kwargs)
     origin = {"simulation": "deadlayer_cres", "decays": hits.decays, "seed": seed, "independent": False}
     origin |= hits.provenance or {}

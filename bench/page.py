@@ -303,7 +303,7 @@ def section(path: Path) -> str:
     name, text = path.stem, path.read_text(encoding="utf-8")
     data = json.loads(text)
     wing, _, rest = name.partition("_")
-    title = f"{'CRES' if wing == 'cres' else 'Dead layer'}: {rest.replace('_', ' ')}"
+    title = f"{'CRES' if wing == 'cres' else 'Dead layer'}: {rest.replace('_', ' ')}" if rest else "Explorers"
     lines = [f"## {title} {{#{name}}}", "", purpose(name, path.parent.parent), ""]
     script = f"bench_{name}.py"
     if (path.parent.parent / script).exists():

@@ -54,7 +54,8 @@ class Screen:
         if not moving or state != self._state:
             for artist in moving:
                 artist.set_animated(True)
-            self.canvas.draw()
+            with rc_context(STYLE):  # ticks take their style when they are drawn first
+                self.canvas.draw()
             self._state, self._still = state, self.canvas.copy_from_bbox(self.fig.bbox)
         self.canvas.restore_region(self._still)
         for artist in sorted(moving, key=lambda a: a.get_zorder()):
@@ -113,28 +114,8 @@ class Explorer(widgets.VBox):
         self.save_button.on_click(lambda _: self.save())
         self.set(**values)
 
-    def _arranged(self) -> widgets.Widget:
-        "Controls beside the figure, or above it where the page is narrow."
-        self.image.layout = widgets.Layout(max_width="100%", height="auto", align_self="flex-start")
-        left = widgets.VBox([*self.controls.values(), self.folder, self.save_button],
-                            layout=widgets.Layout(flex="0 1 25em", min_width="21em"))
-        for widget in left.children:
-            widget.layout.width = "98%"
-            if "description_width" in getattr(widget, "style", widget).trait_names():
-                widget.style.description_width = "7em"
-        right = widgets.VBox([self.message, self.image, self.numbers_table],
-                             layout=widgets.Layout(flex="1 1 28em", min_width="0"))
-        return widgets.HBox([left, right], layout=widgets.Layout(flex_flow="row wrap", width="100%"))
-
     def _repr_mimebundle_(self, **kwargs):
         return super()._repr_mimebundle_(**kwargs) | without_kernel(f"{self.name} explorer")
-
-    def _replace_former(self) -> None:
-        self.cell, self.cell_run = running_cell()
-        for other in list(Explorer._open):
-            if self.cell is not None and other.cell == self.cell and other.cell_run != self.cell_run:
-                other.close()
-        Explorer._open.append(self)
 
     def _changed(self, _) -> None:
         if not self._quiet:
@@ -149,17 +130,40 @@ class Explorer(widgets.VBox):
         finally:
             self._quiet = before
 
-    def close(self) -> None:
-        "Take it off the page; nothing of it is left running."
-        for control in self.controls.values():
-            control.unobserve_all()
-        if self in Explorer._open:
-            Explorer._open.remove(self)
-        for child in list(_descendants(self)):
-            child.close()
-        super().close()
-
 # %% ../nbs/80_apps.ipynb #f0456bd3
+@patch
+def _replace_former(self: Explorer) -> None:
+    self.cell, self.cell_run = running_cell()
+    for other in list(Explorer._open):
+        if self.cell is not None and other.cell == self.cell and other.cell_run != self.cell_run:
+            other.close()
+    Explorer._open.append(self)
+
+@patch
+def _arranged(self: Explorer) -> widgets.Widget:
+    "Controls beside the figure, or above it where the page is narrow."
+    self.image.layout = widgets.Layout(max_width="100%", height="auto", align_self="flex-start")
+    left = widgets.VBox([*self.controls.values(), self.folder, self.save_button],
+                        layout=widgets.Layout(flex="0 1 25em", min_width="21em"))
+    for widget in left.children:
+        widget.layout.width = "98%"
+        if "description_width" in getattr(widget, "style", widget).trait_names():
+            widget.style.description_width = "7em"
+    right = widgets.VBox([self.message, self.image, self.numbers_table],
+                         layout=widgets.Layout(flex="1 1 28em", min_width="0"))
+    return widgets.HBox([left, right], layout=widgets.Layout(flex_flow="row wrap", width="100%"))
+
+@patch
+def close(self: Explorer) -> None:
+    "Take it off the page; nothing of it is left running."
+    for control in self.controls.values():
+        control.unobserve_all()
+    if self in Explorer._open:
+        Explorer._open.remove(self)
+    for child in list(_descendants(self)):
+        child.close()
+    super(Explorer, self).close()
+
 def _descendants(box: widgets.Widget) -> Iterator[widgets.Widget]:
     for child in getattr(box, "children", ()):
         yield from _descendants(child)
@@ -536,19 +540,21 @@ class Brush(Explorer):
     def columns(self):
         return {k: v[self.selected] for k, v in self.table.items()}
 
-    def draw(self, values):
-        if not values["table"]:
-            raise DataError("a table of predictions", "none", self._places,
-                            remedy="cres evaluate RUN writes one; choose it")
-        if values["table"] != self._path:
-            self._open_table(values["table"])
-        self._follow_axes()
-        values = self.values
-        x, y, q = (self.table[values[k]] for k in ("x", "y", "quantity"))
-        (x0, x1), (y0, y1) = values["x_range"], values["y_range"]
-        self.selected = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
-        self._show(x, y, q, values)
-        yield self.fig, {"x": f"{x0:.6g} to {x1:.6g}", "y": f"{y0:.6g} to {y1:.6g}"} | self._count(values["quantity"])
+# %% ../nbs/80_apps.ipynb #b2c93bd5
+@patch
+def draw(self: Brush, values):
+    if not values["table"]:
+        raise DataError("a table of predictions", "none", self._places,
+                        remedy="cres evaluate RUN writes one; choose it")
+    if values["table"] != self._path:
+        self._open_table(values["table"])
+    self._follow_axes()
+    values = self.values
+    x, y, q = (self.table[values[k]] for k in ("x", "y", "quantity"))
+    (x0, x1), (y0, y1) = values["x_range"], values["y_range"]
+    self.selected = (x >= x0) & (x <= x1) & (y >= y0) & (y <= y1)
+    self._show(x, y, q, values)
+    yield self.fig, {"x": f"{x0:.6g} to {x1:.6g}", "y": f"{y0:.6g} to {y1:.6g}"} | self._count(values["quantity"])
 
 # %% ../nbs/80_apps.ipynb #52e19f9e
 @patch

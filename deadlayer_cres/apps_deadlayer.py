@@ -313,6 +313,7 @@ def draw(self: SpectrumExplorer, values):
                "largest pull": f"{p.pull[worst]:+.1f} at {p.edges_keV[worst:worst + 2].mean():.1f} keV"}
     yield self.fig, numbers | (p.verdict.rows() if p.verdict else {}) | p.notes
 
+# %% ../nbs/81_apps_deadlayer.ipynb #fccf9ada
 @patch
 def _limit(self: SpectrumExplorer, p: Pair) -> None:
     "Limits of the axes; they stay while the spectra fill a fair part of them."

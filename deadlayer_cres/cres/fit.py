@@ -792,7 +792,8 @@ class Posterior:
 
     def sigma(self, name: str = "energy_eV") -> Tensor:  # (n,)
         "Posterior standard deviation."
-        return _total(self.weight * ((getattr(self, name) - self.mean(name)[self.event]) ** 2 + self.width(name)**2 / 12), self.event, len(self)).sqrt()
+        away = getattr(self, name) - self.mean(name)[self.event]
+        return _total(self.weight * (away**2 + self.width(name)**2 / 12), self.event, len(self)).sqrt()
 
     def mode(self, name: str = "energy_eV") -> Tensor:  # (n,)
         "Value at the cell of the highest weight."
@@ -816,17 +817,20 @@ class Posterior:
     def below(self, value: Tensor, name: str = "energy_eV") -> Tensor:  # (n,)
         "Probability of less than `value` (n,); of true values it is uniform."
         above = value[self.event] - getattr(self, name)
-        return _total(self.weight * (above / torch.as_tensor(self.width(name)).clamp(min=1e-12) + 0.5).clamp(0, 1), self.event, len(self))
-
-    def select(self, event: int) -> "Posterior":
-        "The posterior of one event."
-        i = self.event == event
-        part = lambda v, i: v[i] if isinstance(v, Tensor) else v  # noqa: E731
-        return Posterior(self.event[i] * 0, *(part(v, i) for v in (self.weight, self.energy_eV, self.pitch_angle_deg,
-                         self.radius_m)), self.log_evidence[event:event + 1], part(self.width_eV, i),
-                         part(self.width_deg, i), part(self.converged, slice(event, event + 1)))
+        width = torch.as_tensor(self.width(name)).clamp(min=1e-12)
+        return _total(self.weight * (above / width + 0.5).clamp(0, 1), self.event, len(self))
 
 # %% ../../nbs/cres/27_fit.ipynb #3146fa3b
+def _select(self: Posterior, event: int) -> Posterior:
+    "The posterior of one event."
+    i = self.event == event
+    part = lambda v, i: v[i] if isinstance(v, Tensor) else v  # noqa: E731
+    return Posterior(self.event[i] * 0, *(part(v, i) for v in (self.weight, self.energy_eV, self.pitch_angle_deg,
+                     self.radius_m)), self.log_evidence[event:event + 1], part(self.width_eV, i),
+                     part(self.width_deg, i), part(self.converged, slice(event, event + 1)))
+
+Posterior.select = _select
+
 def _runs(p: Posterior, gap_eV: float, tail: float) -> tuple[Tensor, Tensor]:
     "Cells that hold all but `tail` of the probability, by event and energy, and the number of the run of each."
     event, weight, energy, n = p.event, p.weight, p.energy_eV, len(p)

@@ -820,7 +820,7 @@ class Posterior:
         width = torch.as_tensor(self.width(name)).clamp(min=1e-12)
         return _total(self.weight * (above / width + 0.5).clamp(0, 1), self.event, len(self))
 
-# %% ../../nbs/cres/27_fit.ipynb #3146fa3b
+# %% ../../nbs/cres/27_fit.ipynb #5e1ec7a0
 def _select(self: Posterior, event: int) -> Posterior:
     "The posterior of one event."
     i = self.event == event
@@ -831,6 +831,7 @@ def _select(self: Posterior, event: int) -> Posterior:
 
 Posterior.select = _select
 
+# %% ../../nbs/cres/27_fit.ipynb #3146fa3b
 def _runs(p: Posterior, gap_eV: float, tail: float) -> tuple[Tensor, Tensor]:
     "Cells that hold all but `tail` of the probability, by event and energy, and the number of the run of each."
     event, weight, energy, n = p.event, p.weight, p.energy_eV, len(p)

@@ -948,7 +948,8 @@ def summaries(
         p = ridge(torch.as_tensor(ts[b]), *(t[b] for t in times))
         m = modes(p)
         main = torch.searchsorted(m.event, torch.arange(len(p), device=ridge.device))
-        row = {"log_evidence": p.log_evidence, "converged": p.converged, "modes": torch.bincount(m.event, minlength=len(p)),
+        row = {"log_evidence": p.log_evidence, "converged": p.converged,
+               "modes": torch.bincount(m.event, minlength=len(p)),
                "single_mode": single_mode(p, found=m), "main_mode_weight": m.weight[main],
                "main_mode_energy_eV": m.energy_eV[main], "main_mode_sigma_eV": m.energy_sigma_eV[main]}
         for name in ("energy_eV", "pitch_angle_deg"):

@@ -792,7 +792,8 @@ class Posterior:
 
     def sigma(self, name: str = "energy_eV") -> Tensor:  # (n,)
         "Posterior standard deviation."
-        return _total(self.weight * ((getattr(self, name) - self.mean(name)[self.event]) ** 2 + self.width(name)**2 / 12), self.event, len(self)).sqrt()
+        away = getattr(self, name) - self.mean(name)[self.event]
+        return _total(self.weight * (away**2 + self.width(name)**2 / 12), self.event, len(self)).sqrt()
 
     def mode(self, name: str = "energy_eV") -> Tensor:  # (n,)
         "Value at the cell of the highest weight."
@@ -816,15 +817,19 @@ class Posterior:
     def below(self, value: Tensor, name: str = "energy_eV") -> Tensor:  # (n,)
         "Probability of less than `value` (n,); of true values it is uniform."
         above = value[self.event] - getattr(self, name)
-        return _total(self.weight * (above / torch.as_tensor(self.width(name)).clamp(min=1e-12) + 0.5).clamp(0, 1), self.event, len(self))
+        width = torch.as_tensor(self.width(name)).clamp(min=1e-12)
+        return _total(self.weight * (above / width + 0.5).clamp(0, 1), self.event, len(self))
 
-    def select(self, event: int) -> "Posterior":
-        "The posterior of one event."
-        i = self.event == event
-        part = lambda v, i: v[i] if isinstance(v, Tensor) else v  # noqa: E731
-        return Posterior(self.event[i] * 0, *(part(v, i) for v in (self.weight, self.energy_eV, self.pitch_angle_deg,
-                         self.radius_m)), self.log_evidence[event:event + 1], part(self.width_eV, i),
-                         part(self.width_deg, i), part(self.converged, slice(event, event + 1)))
+# %% ../../nbs/cres/27_fit.ipynb #5e1ec7a0
+def _select(self: Posterior, event: int) -> Posterior:
+    "The posterior of one event."
+    i = self.event == event
+    part = lambda v, i: v[i] if isinstance(v, Tensor) else v  # noqa: E731
+    return Posterior(self.event[i] * 0, *(part(v, i) for v in (self.weight, self.energy_eV, self.pitch_angle_deg,
+                     self.radius_m)), self.log_evidence[event:event + 1], part(self.width_eV, i),
+                     part(self.width_deg, i), part(self.converged, slice(event, event + 1)))
+
+Posterior.select = _select
 
 # %% ../../nbs/cres/27_fit.ipynb #3146fa3b
 def _runs(p: Posterior, gap_eV: float, tail: float) -> tuple[Tensor, Tensor]:
@@ -943,7 +948,8 @@ def summaries(
         p = ridge(torch.as_tensor(ts[b]), *(t[b] for t in times))
         m = modes(p)
         main = torch.searchsorted(m.event, torch.arange(len(p), device=ridge.device))
-        row = {"log_evidence": p.log_evidence, "converged": p.converged, "modes": torch.bincount(m.event, minlength=len(p)),
+        row = {"log_evidence": p.log_evidence, "converged": p.converged,
+               "modes": torch.bincount(m.event, minlength=len(p)),
                "single_mode": single_mode(p, found=m), "main_mode_weight": m.weight[main],
                "main_mode_energy_eV": m.energy_eV[main], "main_mode_sigma_eV": m.energy_sigma_eV[main]}
         for name in ("energy_eV", "pitch_angle_deg"):

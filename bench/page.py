@@ -42,8 +42,9 @@ LIMIT = {"RMS [eV]": "energy_eV/rms", "RMS of best 25 % [eV]": "best/0.25/rms_eV
 ACCURACY = {f"\\|dFCCD\\| < {w} mm": w for w in ("0.01", "0.05", "0.1", "0.25", "0.5")} | {"any dFCCD": "none"}
 BY_SET = {"cca-8k": "8,192 samples, `cca-8k`", "cca-24k": "24,576 samples, `cca-24k`"}
 TABLES = {
-    "apps": [Table("From a moved control to the finished figure", "explorers/*/*",
+    "apps": [Table("From a moved control to the first picture", "explorers/*/*",
                    {"a move [ms]": "move_ms", "90 % of moves below [ms]": "move_ms_90_percent",
+                    "all stages [ms]": "all_stages_ms",
                     "the whole figure redrawn [ms]": "redraw_ms", "ratio": "ratio_to_redraw"})],
     "cres_compare": [Table(f"Networks, {text}", f"{name}/rows/*", MERIT | {"parameters": "parameters"})
                      for name, text in BY_SET.items()],

@@ -134,7 +134,7 @@ class Explorer(widgets.VBox):
         return {}
 
     def __init__(self, **values):  # first values of controls
-        self.figure, self.numbers, self.drawn, self.seconds = None, {}, {}, 0.0
+        self.figure, self.numbers, self.drawn, self.seconds = None, {}, {}, []
         self._screen, self._quiet = None, False
         self.controls = dict(self.make_controls())
         self.image = widgets.Image(format="png")
@@ -228,19 +228,19 @@ def set(
 @patch
 def update(self: Explorer) -> None:
     "Draw all stages for the present values; what goes wrong becomes a line above the figure."
-    begin = perf_counter()
+    begin, self.seconds = perf_counter(), []  # until the picture of each stage
     try:
         for fig, numbers in self.draw(self.values):
             if self._screen is None or self._screen.fig is not fig:
                 self._screen = Screen(fig)
             self.image.value, self.numbers_table.value = self._screen.png(self.moving), numbers_html(numbers)
             self.figure, self.numbers, self.drawn = fig, numbers, self.values
+            self.seconds.append(perf_counter() - begin)
         self.say("")
     except InputError as e:
         self.say(str(e))
     except Exception as e:  # an explorer stays on the page whatever happens inside
         self.say(f"{type(e).__name__}: {e}")
-    self.seconds = perf_counter() - begin
 
 @patch
 def say(

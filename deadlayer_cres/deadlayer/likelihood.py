@@ -18,6 +18,7 @@ from pathlib import Path
 from zipfile import BadZipFile
 
 import numpy as np
+from fastcore.basics import patch
 from iminuit import Minuit
 from matplotlib.figure import Figure
 from numpy.polynomial.chebyshev import chebvander
@@ -54,6 +55,7 @@ def _quadratic(f: np.ndarray, d: np.ndarray) -> np.ndarray:  # (n, 6)
     "Quadratic polynomial in FCCD and DLF."
     return np.stack([np.ones_like(f), f, d, f * f, f * d, d * d], 1)
 
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #98566e65
 @dataclass(frozen=True, eq=False)
 class Emulator:
     "Expected spectrum for any FCCD and DLF, and how well it is known."
@@ -95,29 +97,34 @@ class Emulator:
         "Expected counts of a measurement of exposure 1."
         return inverse_anscombe(self.transformed(fccd_in_mm, dlf)) / self.exposure
 
-    def noise(self, fccd_in_mm, dlf) -> np.ndarray:  # (n, bins)
-        "Variance of y of a simulated spectrum about the surface, which the shared events make smaller than 1."
-        f, d = (np.atleast_1d(np.asarray(x, float)) for x in (fccd_in_mm, dlf))
-        return self.scatter * np.maximum(_quadratic(f, d) @ self.trend, 0.1)
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #1e9c4fca
+@patch
+def noise(self: Emulator, fccd_in_mm, dlf) -> np.ndarray:  # (n, bins)
+    "Variance of y of a simulated spectrum about the surface, which the shared events make smaller than 1."
+    f, d = (np.atleast_1d(np.asarray(x, float)) for x in (fccd_in_mm, dlf))
+    return self.scatter * np.maximum(_quadratic(f, d) @ self.trend, 0.1)
 
-    def variance(self, fccd_in_mm: float, dlf: float) -> np.ndarray:  # (bins,)
-        "Variance of y by the covariance of the coefficients; that of the events all spectra share is not in it."
-        t = self.terms(fccd_in_mm, dlf)[0]
-        size = np.full(len(self.scatter), t @ self.inverse @ t)
-        if self.splined.any():
-            t = np.concatenate([t, self.local(fccd_in_mm, dlf)[0]])
-            k = np.flatnonzero(t)
-            size[self.splined] = t[k] @ self.splined_inverse[np.ix_(k, k)] @ t[k]
-        return size * self.scatter
+@patch
+def variance(self: Emulator, fccd_in_mm: float, dlf: float) -> np.ndarray:  # (bins,)
+    "Variance of y by the covariance of the coefficients; that of the events all spectra share is not in it."
+    t = self.terms(fccd_in_mm, dlf)[0]
+    size = np.full(len(self.scatter), t @ self.inverse @ t)
+    if self.splined.any():
+        t = np.concatenate([t, self.local(fccd_in_mm, dlf)[0]])
+        k = np.flatnonzero(t)
+        size[self.splined] = t[k] @ self.splined_inverse[np.ix_(k, k)] @ t[k]
+    return size * self.scatter
 
-    def residuals(self, spectra: Spectra) -> np.ndarray:  # (n, bins)
-        "Deviation of simulated spectra from the surface, in units of Poisson errors."
-        _same_edges(spectra, self)
-        return 2 * np.sqrt(spectra.counts + 0.375) - self.transformed(spectra.fccd_in_mm, spectra.dlf)
+@patch
+def residuals(self: Emulator, spectra: Spectra) -> np.ndarray:  # (n, bins)
+    "Deviation of simulated spectra from the surface, in units of Poisson errors."
+    _same_edges(spectra, self)
+    return 2 * np.sqrt(spectra.counts + 0.375) - self.transformed(spectra.fccd_in_mm, spectra.dlf)
 
-    def pulls(self, spectra: Spectra) -> np.ndarray:  # (n, bins)
-        "Deviation of simulated spectra from the surface, in units of the emulator's own noise."
-        return self.residuals(spectra) / np.sqrt(self.noise(spectra.fccd_in_mm, spectra.dlf))
+@patch
+def pulls(self: Emulator, spectra: Spectra) -> np.ndarray:  # (n, bins)
+    "Deviation of simulated spectra from the surface, in units of the emulator's own noise."
+    return self.residuals(spectra) / np.sqrt(self.noise(spectra.fccd_in_mm, spectra.dlf))
 
 # %% ../../nbs/deadlayer/40_likelihood.ipynb #82eeeb4a
 def _same_edges(spectra: Spectra, emulator: Emulator) -> None:
@@ -447,12 +454,14 @@ class Likelihood:
                     for (k, s), x in zip(self.nuisance.items(), parameters[2:], strict=True))
         return float(2 * (mu - n + xlogy(n, n / mu)).sum() + penalty + prior)
 
-    def p_value(self, *parameters: float) -> float:
-        "Probability of a larger deviance than that of the best fit, at `parameters`, if the simulation were right."
-        mean, variance = deviance_moments(*self.expected(*parameters))
-        free = int(self.bins.sum()) - self.ndf
-        mean, variance = max(mean.sum() - free, 0.5), max(variance.sum() - 2 * free, 1.0)
-        return float(chi2_law.sf(self(*parameters) * 2 * mean / variance, 2 * mean**2 / variance))
+# %% ../../nbs/deadlayer/40_likelihood.ipynb #b6d540da
+@patch
+def p_value(self: Likelihood, *parameters: float) -> float:
+    "Probability of a larger deviance than that of the best fit, at `parameters`, if the simulation were right."
+    mean, variance = deviance_moments(*self.expected(*parameters))
+    free = int(self.bins.sum()) - self.ndf
+    mean, variance = max(mean.sum() - free, 0.5), max(variance.sum() - 2 * free, 1.0)
+    return float(chi2_law.sf(self(*parameters) * 2 * mean / variance, 2 * mean**2 / variance))
 
 # %% ../../nbs/deadlayer/40_likelihood.ipynb #c46c2de3
 def _minuit(likelihood: Likelihood, start: Sequence[float]) -> Minuit:

@@ -430,7 +430,7 @@ def best_description(
     fccd_in_mm: np.ndarray, dlf: np.ndarray,  # (n,) where to start
     steps: int = 6,
     prior_sigma: Mapping[str, float] = PRIOR_SIGMA,  # standard deviation of the nuisance parameters
-) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:  # parameters, each (n,); counts (n, bins); pulls (n, windows)
+) -> tuple[dict[str, np.ndarray], np.ndarray, np.ndarray]:  # parameters (n,), counts (n, bins), pulls (n, windows)
     "The simulated spectrum with the nuisance parameters that comes closest to each measured one."
     n, distort = counts.double().cpu().numpy(), Nuisance(emulator.edges_keV, device="cpu")
     names = ("fccd_in_mm", "dlf", *NUISANCES)
@@ -494,7 +494,7 @@ def window_fits(
     emulator: Emulator,
     inflation: np.ndarray | float = 1.0,  # (windows,) by which chi2 is divided
     law: np.ndarray = GAUSSIAN,  # (windows, 2) scale and degrees of freedom of the pulls
-) -> list[list[dict]]:  # for each spectrum the rows of `infer.agreement`, with `pull`; p_value is the smaller of the two
+) -> list[list[dict]]:  # for each spectrum the rows of `infer.agreement`; with `pull`, and the smaller p_value of both
     "Goodness of fit window by window."
     found = []
     by_sum = _two_sided(pulls, law)
@@ -564,7 +564,8 @@ def guard_warnings(verdict: dict) -> list[str]:
     return ["No simulated spectrum describes this measurement, whatever FCCD, DLF, energy scale, resolution, scale and "
             f"background: {len(verdict['disagree'])} of {len(verdict['windows'])} windows disagree "
             f"({', '.join(verdict['disagree'])}); worst {worst['low_keV']:g}-{worst['high_keV']:g} keV with chi2 per "
-            f"bin {worst['chi2'] / worst['bins']:.1f} and {worst['pull']:+.1f} standard deviations in its sum. The posterior holds for spectra of the simulation only."]
+            f"bin {worst['chi2'] / worst['bins']:.1f} and {worst['pull']:+.1f} standard deviations in "
+            "its sum. The posterior holds for spectra of the simulation only."]
 
 def guard_figure(
     verdict: dict,  # of `Guard.check`

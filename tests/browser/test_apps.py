@@ -98,7 +98,7 @@ def page(address):
         page = browser.new_page(viewport={"width": 1400, "height": 1000})
         page.set_default_timeout(SECONDS)
         page.goto(address, wait_until="commit")
-        for name in ("spectrum", "runs", "selection"):
+        for name in ("spectrum", "cres", "runs", "selection"):
             image(page, name).wait_for()
         yield page
         browser.close()

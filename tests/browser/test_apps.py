@@ -205,6 +205,21 @@ def test_saved_files_are_there(page, folder):
     assert names == ["spectrum-1.csv", "spectrum-1.json", "spectrum-1.png"]
 
 
+def test_an_electron_is_moved_and_lost(page):
+    first = numbers(page, "cres")
+    handle = control(page, "cres", "pitch angle [°]").locator(".noUi-handle").first
+    took = [after(page, "cres", lambda: handle.press("ArrowLeft")) for _ in range(4)]
+    print(f"\nkey to figure in the browser: median {1e3 * np.median(took):.0f} ms")
+    found = part(page, "cres").locator(".widget-html table").filter(has_text="limit")
+    found.wait_for()
+    assert numbers(page, "cres") != first and np.median(took) < 2
+    after(page, "cres", lambda: control(page, "cres", "map").locator("select").select_option("Q-transform"))
+    shot(page, "9_electron", part(page, "cres"))
+    fill(page, "cres", "file", "nowhere.egg")
+    assert "nowhere.egg" in say(page, "cres", "nowhere")
+    shot(page, "9_electron_error", part(page, "cres"))
+
+
 def test_runs_are_browsed(page):
     text = page.locator("body").inner_text()
     assert "train.lr" in text and "runs/broken" in text and "environment.json" in text

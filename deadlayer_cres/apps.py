@@ -183,7 +183,7 @@ def _arranged(self: Explorer) -> widgets.Widget:
     for widget in left.children:
         widget.layout.width = "98%"
         if "description_width" in getattr(widget, "style", widget).trait_names():
-            widget.style.description_width = "7em"
+            widget.style.description_width = "9.5em"
     right = widgets.VBox([self.message, self.image, self.numbers_table],
                          layout=widgets.Layout(flex="1 1 28em", min_width="0"))
     return widgets.HBox([left, right], layout=widgets.Layout(flex_flow="row wrap", width="100%"))

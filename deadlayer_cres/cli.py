@@ -173,6 +173,8 @@ def random_labels(n_random: int, n_dlf1: int, max_fccd_in_mm: float, seed: int) 
             raise ConfigError("a number >= 0", str(value), row=f"--{name}")
     if n_random + n_dlf1 == 0:
         raise ConfigError("at least one spectrum", "--random 0 --dlf1 0", row="simulate")
+    if max_fccd_in_mm == 0:
+        raise ConfigError("a largest FCCD above 0 mm", "0", row="--max_fccd_in_mm")
     rng = numpy_rng(seed, "labels")
     fccd = rng.uniform(0, max_fccd_in_mm, n_random + n_dlf1).round(4)
     dlf = rng.uniform(0, 0.9999, n_random + n_dlf1).round(4)

@@ -191,9 +191,12 @@ def test_goodness_tells_what_is_wrong(fitter, events, found):
     two = events.ts + np.roll(fitter.simulator.events(96, noise="none").ts, 1, axis=0)
     twice = fitter.goodness(two, found)
     assert (twice["p_value"] < 0.01).double().mean() > 0.7
+    clean = fitter.simulator.events(96, noise="none").ts
+    quiet = fitter.goodness(clean + 0.5 * (events.ts - clean), found)  # half the noise that the fit has found
+    assert (quiet["p_value"] < 0.01).double().mean() > 0.9 and (quiet["chi2"] < 0.5).all()
 
 
-def test_long_records_are_fitted_from_their_posterior():
+def test_long_records_are_fitted_from_their_posterior(monkeypatch):
     simulator = Simulator(replace(TEST_SETS["cca-24k"], receiver=ReceiverConfig(samples=49_152)), device="cpu")
     events, f, ridge = simulator.events(24), Fitter(simulator), Ridge(simulator)
     true = torch.as_tensor(events.columns["energy_eV"])
@@ -204,6 +207,10 @@ def test_long_records_are_fitted_from_their_posterior():
     assert 8 < whole.sum() < 20 and torch.equal(mean[~whole, 0], p.mean()[~whole])
     assert (z - before)[~whole].abs().max() == 0 < (z - before)[whole].abs().min()
     assert (mean[:, 0] - true).square().mean().sqrt() < 1.1 * (p.mean() - true).square().mean().sqrt()
+    call = Fitter.__call__
+    monkeypatch.setattr(Fitter, "__call__", lambda *a: replace(r := call(*a), converged=torch.zeros_like(r.converged)))
+    few = torch.from_numpy(events.ts[:6])
+    assert f.combined(few, ridge(few), 8)[2].sum() == 0 < whole[:6].sum(), "a fit that did not converge does not count"
 
 
 def test_starts_are_the_best_cells_of_boxes():

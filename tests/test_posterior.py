@@ -1,4 +1,6 @@
 """Nuisance parameters in training, calibrated posteriors, the guard and the loop of the dead-layer half."""
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import torch
@@ -320,6 +322,10 @@ def test_the_guard_sees_a_small_common_excess_of_a_window(emulator):
     assert np.mean([r["p_value"] < guard.p_value for r in rows]) > by_bins + 0.2
     _, _, right = ps.best_description(e.counts, emulator, e.fccd_in_mm, e.dlf)
     assert 0.6 < right.std() < 1.3, "pulls of described spectra are standard deviations"
+    assert (guard.law[:, 0] > 0.5).all() and (guard.law[:, 0] < 2).all() and (guard.law[:, 1] <= 100).all()
+    wide = replace(guard, law=guard.law * [10.0, 1.0])  # pulls that scatter ten times as much are no surprise
+    less = [v["windows"][6]["p_value"] for v in wide.check(more, e.fccd_in_mm, e.dlf)]
+    assert np.mean(np.array(less) < guard.p_value) < np.mean([r["p_value"] < guard.p_value for r in rows]) - 0.2
 
 
 def test_blocks_stay_together_in_the_folds():

@@ -103,6 +103,9 @@ def test_compton_and_rayleigh_laws():
     assert 0 < (356 - scattered > 207.3).mean() < 0.08 and scattered.mean() == pytest.approx(250.3, rel=0.01)
     assert rayleigh(np.full(50_000, 356.0), rng).mean() > rayleigh(np.full(50_000, 31.0), rng).mean() > 0
     assert len(compton(np.empty(0), rng)[0]) == len(rayleigh(np.empty(0), rng)) == 0
+    light, cos = compton(np.full(100_000, 356.0), rng, 6)  # carbon's electrons are slower
+    slow = light - 356 / (1 + 356 / 510.99895 * (1 - cos))
+    assert np.median(np.abs(slow)) < 0.7 * np.median(np.abs(off))
 
 
 def test_turn_keeps_length_and_angle():
@@ -303,6 +306,9 @@ def test_no_electron_takes_less_than_its_binding():
 def test_an_fccd_that_the_crystal_cannot_have_is_refused(hits):
     limit = Crystal().max_fccd_in_mm
     assert 9 < limit < 20
+    Crystal().check_fccd(0.999 * limit, "fccd")
+    with pytest.raises(ConfigError, match="for this crystal"):
+        Crystal().check_fccd(1.001 * limit, "fccd")
     with pytest.raises(ConfigError, match=f"{limit:g} mm for this crystal"):
         simulate_spectra([1.0, 60.0], 0.5, 10**12, progress_bar=False)
     with pytest.raises(ConfigError, match="deepest of these hits"):

@@ -1414,8 +1414,8 @@ def check_events(
             raise DataError(f"{name} {want:.12g} {unit}, as in the training", f"{found:.12g} {unit}", path,
                             remedy="use events of the same receiver, or a network trained for this one")
     if events.samples < config.data.samples:
-        raise DataError(f"at least {config.data.samples} samples, as in the training", str(events.samples), path,
-                        remedy="use longer events, or a network trained for shorter ones")
+        raise DataError(f"at least {config.data.samples} samples, the window of the network", str(events.samples), path,
+                        remedy="use longer events, a shorter window, or a network trained for shorter ones")
 
 # %% ../../nbs/cres/26_evaluate.ipynb #4658c045
 def evaluate(

@@ -135,9 +135,13 @@ def pair_metrics(
 ) -> dict:  # accuracy, error, auc, auc_error, n, precision, recall, rmse_misclassified_in_mm
     "Metrics of one predictor on scored pairs."
     truth, score, wrong = scored.dfccd_in_mm > 0, scored.raw[name][:, 0], scored.wrong(name)
-    right, curve, counts = accuracy(~wrong), roc(truth, score), confusion(truth, score > 0)
+    right, counts = accuracy(~wrong), confusion(truth, score > 0)
+    area = (math.nan, math.nan)  # pairs of one sign, from few spectra, have no ROC curve
+    if truth.any() and not truth.all():
+        curve = roc(truth, score)
+        area = curve.auc, curve.error
     rmse = float(np.sqrt((scored.dfccd_in_mm[wrong] ** 2).mean())) if wrong.any() else math.nan
-    return {"accuracy": right.value, "error": right.error, "auc": curve.auc, "auc_error": curve.error, "n": right.n,
+    return {"accuracy": right.value, "error": right.error, "auc": area[0], "auc_error": area[1], "n": right.n,
             "precision": counts.precision, "recall": counts.recall, "rmse_misclassified_in_mm": rmse}
 
 # %% ../../nbs/deadlayer/15_evaluate.ipynb #621eb1c6
@@ -367,7 +371,7 @@ def roc_figure(
 ) -> Figure:
     "ROC curve of each window, whole and zoomed on the upper left corner."
     curves = {f"{w} mm" if w != "none" else "no limit": roc(s.dfccd_in_mm > 0, s.raw[name][:, 0])
-              for w, s in scored.items()}
+              for w, s in scored.items() if 0 < (s.dfccd_in_mm > 0).sum() < len(s.dfccd_in_mm)}
     with figure(1, 2, width=7, height=3) as (fig, axes):
         for ax in axes:
             plots.plot_roc(ax, curves)

@@ -817,8 +817,8 @@ def other_electron(
     "A row of the table where the electron of the sliders is not known to be that of the record."
     if e is None or all(math.isclose(record.truth.get(k, math.nan), getattr(e, k), rel_tol=1e-9) for k in TARGETS):
         return {}
-    return {"electron of the sliders, not of the file": "lines, orbit, all numbers from the mean carrier to the visible "
-                                                        "side lines, and the limit are those of the sliders"}
+    return {"electron of the sliders, not of the file": "lines, orbit, all numbers from the mean carrier to the "
+                                                        "visible side lines, and the limit are those of the sliders"}
 
 # %% ../nbs/82_apps_cres.ipynb #091ad6ba
 def _draw(self: CresExplorer, values: dict) -> Iterator[tuple[Figure, dict]]:

@@ -262,8 +262,9 @@ def doubt(
     "A row of the table where no dead layer of the simulation describes the measured spectrum."
     if chi2 <= bins + 10 * np.sqrt(2 * bins):
         return {}
-    return {"note on spectrum 1": "measurement and simulation differ far beyond statistics for any dead layer (χ² / bins "
-                                  f"at best {chi2:,.0f} / {bins}): the verdict holds for simulated spectra only"}
+    return {"note on spectrum 1": "measurement and simulation differ far beyond statistics for any dead layer "
+                                  f"(χ² / bins at best {chi2:,.0f} / {bins}): the verdict holds for simulated "
+                                  "spectra only"}
 
 # %% ../nbs/81_apps_deadlayer.ipynb #ea81ccb1
 class Pair(NamedTuple):

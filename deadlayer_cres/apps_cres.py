@@ -7,7 +7,7 @@ __all__ = ['MARGINS', 'FINE', 'TARGETS', 'VISIBLE', 'MAPS', 'METHODS', 'LENGTHS'
            'electron', 'Record', 'simulated', 'EventFile', 'from_file', 'limit_covariance', 'spread', 'nice', 'Answer',
            'network_answer', 'found_below', 'volts', 'Waveform', 'outline', 'line_powers', 'visible_lines',
            'SpectrumPanel', 'TimeFrequency', 'OrbitPanel', 'ellipse', 'is_narrow', 'Plane', 'EventFigure', 'estimate',
-           'signal_numbers', 'CresExplorer', 'cres_explorer']
+           'signal_numbers', 'CresExplorer', 'other_electron', 'cres_explorer']
 
 # %% ../nbs/82_apps_cres.ipynb #6711a10c
 import copy
@@ -29,7 +29,7 @@ from matplotlib.lines import Line2D
 from matplotlib.ticker import MaxNLocator
 from torch import Tensor
 
-from .apps import Explorer
+from .apps import Explorer, check_half, path_text
 from .core import ConfigError, DataError, InputError
 from .cres.data import EGG, INDEX, Events, EventStore, read_egg, read_events
 from .cres.evaluate import check_events, noise_level_V, reconstruct
@@ -202,6 +202,8 @@ class EventFile:
         one = self.events[row] if isinstance(self.events, Events) else self.events.read(slice(row, row + 1))
         begin = part * samples
         labels = {k: float(v[0]) for k, v in one.columns.items() if np.isfinite(v[0])}
+        if not np.isfinite(one.ts[:, :, begin:begin + samples]).all():
+            raise DataError("finite I and Q", "NaN or infinity", self.path, f"event {number}", "choose another event")
         return torch.from_numpy(one.ts[:, :, begin:begin + samples].copy()), labels
 
     def close(self) -> None:
@@ -311,8 +313,11 @@ def found_below(
         at = Path(here)
         folders[:] = sorted(f for f in folders if not f.startswith("."))
         if {"config.yaml", "model.safetensors"} <= {*names}:
-            if "lo_frequency_Hz" in (at / "config.yaml").read_text(errors="replace"):  # of CRES events
-                runs.append(at)
+            try:
+                if "lo_frequency_Hz" in (at / "config.yaml").read_text(errors="replace"):  # of CRES events
+                    runs.append(at)
+            except OSError:  # a run that cannot be read is none to offer
+                pass
             folders.clear()
         elif INDEX in names:
             files.append(at)
@@ -717,9 +722,9 @@ def _slider(name: str, value: float, low: float, high: float, step: float, digit
     return widgets.FloatSlider(value=value, min=low, max=high, step=step, description=name,
                                readout_format=f".{digits}f")
 
-def _path_box(name: str, hint: str, options: Sequence[str], value) -> widgets.Combobox:
-    return widgets.Combobox(value="" if value is None else os.fspath(value), options=tuple(options), description=name,
-                            placeholder=hint, continuous_update=False)
+def _path_box(name: str, hint: str, options: Sequence[str], value: str) -> widgets.Combobox:
+    return widgets.Combobox(value=value, options=tuple(options), description=name, placeholder=hint,
+                            continuous_update=False)
 
 class CresExplorer(Explorer):
     "Controls and figure of `cres_explorer`, which says what the arguments are."
@@ -727,11 +732,14 @@ class CresExplorer(Explorer):
     name = "cres"
 
     def __init__(self, run=None, file=None, config: SimulateConfig | None = None, **values):
+        first = path_text(run, "run", "a run folder or a Run"), path_text(file, "file", "a path of events")
+        if not isinstance(config, SimulateConfig | None):
+            raise ConfigError("a SimulateConfig", type(config).__name__, row="config")
         with one_thread():
             self.setup = Setup(config)
             self.panels = EventFigure(self.setup)
         self.moving = self.panels.moving
-        self._first, self._trained, self._file, self._shown = (run, file), None, None, None
+        self._first, self._trained, self._file, self._shown = first, None, None, None
         super().__init__(**values)
 
     def make_controls(self):
@@ -802,6 +810,16 @@ def _close_file(self: CresExplorer) -> None:
 
 CresExplorer._event, CresExplorer._to_labels, CresExplorer._close_file = _event, _to_labels, _close_file
 
+def other_electron(
+    record: Record,  # of a file
+    e: Electron | None,  # of the sliders
+) -> dict[str, str]:
+    "A row of the table where the electron of the sliders is not known to be that of the record."
+    if e is None or all(math.isclose(record.truth.get(k, math.nan), getattr(e, k), rel_tol=1e-9) for k in TARGETS):
+        return {}
+    return {"electron of the sliders, not of the file": "lines, orbit, all numbers from the mean carrier to the "
+                                                        "visible side lines, and the limit are those of the sliders"}
+
 # %% ../nbs/82_apps_cres.ipynb #091ad6ba
 def _draw(self: CresExplorer, values: dict) -> Iterator[tuple[Figure, dict]]:
     "Record and orbit, network, posterior and limit."
@@ -812,7 +830,8 @@ def _draw(self: CresExplorer, values: dict) -> Iterator[tuple[Figure, dict]]:
         self.panels.show_record(record, e, values["map"])
         self.panels.legend([k for k in METHODS if k != "network" or path])
         self.panels.show_knowledge(**known)
-        numbers = signal_numbers(self.setup, record, e)
+        numbers = other_electron(record, e) if values["file"] else {}
+        numbers |= signal_numbers(self.setup, record, e)
     yield self.panels.fig, numbers
     if path:
         try:
@@ -835,6 +854,7 @@ def _ask_network(self: CresExplorer, path: str, record: Record, known: dict) -> 
         from deadlayer_cres.cres.infer import Trained
 
         self.say(f"opening {path}", good=True)
+        check_half(Path(path).expanduser(), "CRES")
         try:
             self._trained = path, Trained.open(Path(path).expanduser(), "cpu")
         except InputError as e:
@@ -881,7 +901,8 @@ CresExplorer._find_limit = _find_limit
 # %% ../nbs/82_apps_cres.ipynb #c01b9575
 def _close(self: CresExplorer) -> None:
     "Take it off the page and close its file."
-    self._close_file()
+    if getattr(self, "_file", None) is not None:
+        self._close_file()
     Explorer.close(self)
 
 CresExplorer.close = _close
@@ -895,6 +916,6 @@ def cres_explorer(
     """Explore CRES events with sliders.
 
     What is wrong with an electron, a run or a file is said in a line above the figure; a `ConfigError` is raised for an
-    unknown control.
+    argument of another type, an unknown control and a value out of its range.
     """
     return CresExplorer(run, file, config, **values)

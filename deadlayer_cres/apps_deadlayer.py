@@ -4,7 +4,7 @@
 
 # %% auto #0
 __all__ = ['BUILT_IN_DECAYS', 'SHADES', 'built_in_spectra', 'Cut', 'surface_of', 'read_row', 'fit_bins', 'Verdict', 'ask_pair',
-           'SpectrumExplorer', 'Pair', 'power', 'spectrum_explorer']
+           'SpectrumExplorer', 'closest', 'doubt', 'Pair', 'power', 'spectrum_explorer']
 
 # %% ../nbs/81_apps_deadlayer.ipynb #fa9b5e77
 import os
@@ -19,9 +19,10 @@ from fastcore.basics import patch
 from matplotlib import colormaps
 from matplotlib.cm import ScalarMappable
 from matplotlib.colors import ListedColormap, PowerNorm
+from scipy.optimize import minimize
 from scipy.special import expit
 
-from .apps import Explorer, find_files, find_runs
+from .apps import Explorer, check_half, find_files, find_runs, path_text
 from .core import DataError, about, numpy_rng
 from .deadlayer.data import ENERGY_KEV, Spectra, read_spectra
 from .deadlayer.evaluate import BA133_MARKS, attention_per_bin
@@ -123,9 +124,9 @@ class SpectrumExplorer(Explorer):
     def __init__(self, spectra=None, run=None, measured=None, **values):
         self.given = {"simulation": spectra, "measured": measured}
         self._cache, self._limits, self.table = {}, None, {}
-        names = {k: os.fspath(v) for k, v in (("simulation", spectra), ("measured", measured), ("run", run))
-                 if isinstance(v, str | os.PathLike)}
-        super().__init__(**names | values)
+        paths = {k: v for k, v in self.given.items() if not isinstance(v, Spectra)}
+        names = {k: path_text(v, {"simulation": "spectra"}.get(k, k), "Spectra or a path") for k, v in paths.items()}
+        super().__init__(**names | {"run": path_text(run, "run", "a run folder or a Run")} | values)
 
     def make_controls(self):
         self._make_figure()
@@ -202,6 +203,7 @@ def _network(self: SpectrumExplorer, name: str):
         return None
     def load():
         from deadlayer_cres.deadlayer.train import load_run
+        check_half(name, "dead layer")
         _, config, pipeline = load_run(name, "cpu")
         return config, pipeline
     return self._kept(("run", name), load)
@@ -234,7 +236,35 @@ def _measured(self: SpectrumExplorer, name: str, edges_keV: np.ndarray) -> Spect
         return None
     with about(name or "measured"):
         spectrum = self._kept(("measured", name), lambda: read_row(name)) if name else given
+        if len(spectrum) != 1:
+            raise DataError("one measured spectrum", f"{len(spectrum)}", remedy="choose one: spectra[0]")
         return fit_bins(spectrum, edges_keV)
+
+# %% ../nbs/81_apps_deadlayer.ipynb #fe90515a
+def closest(
+    measured: Spectra,  # one spectrum, in the bins of the surface
+    emulator: Emulator,
+) -> float:
+    "The least χ² of a measured spectrum over all dead layers of a simulation."
+    n, low, high = measured.counts[0], *emulator.fccd_range_mm
+    def chi2(fccd_in_mm, dlf):
+        mean = measured.exposure * emulator.mean(fccd_in_mm, dlf)
+        variance = np.maximum(mean * (1 + measured.exposure / emulator.exposure), 1)
+        return ((n - mean) ** 2 / variance).sum(1)
+    at = np.stack(np.meshgrid(np.linspace(low, high, 41), np.linspace(0, 1, 11)), -1).reshape(-1, 2)
+    start = at[np.argmin(chi2(*at.T))]
+    return float(minimize(lambda x: chi2(*x)[0], start, method="Nelder-Mead", bounds=[(low, high), (0, 1)]).fun)
+
+def doubt(
+    chi2: float,  # of the dead layer that comes closest
+    bins: int,
+) -> dict[str, str]:  # empty if there is none
+    "A row of the table where no dead layer of the simulation describes the measured spectrum."
+    if chi2 <= bins + 10 * np.sqrt(2 * bins):
+        return {}
+    return {"note on spectrum 1": "measurement and simulation differ far beyond statistics for any dead layer "
+                                  f"(χ² / bins at best {chi2:,.0f} / {bins}): the verdict holds for simulated "
+                                  "spectra only"}
 
 # %% ../nbs/81_apps_deadlayer.ipynb #ea81ccb1
 class Pair(NamedTuple):
@@ -275,6 +305,9 @@ def pair(
         verdict = ask_pair(network[1], *(counts / exposure))
     pull = (counts[0] - counts[1]) / np.sqrt(np.maximum(variance, 1))
     notes = self._notes(values, network, origin)
+    if network and measured is not None:
+        key = ("closest", values["measured"], id(emulator))
+        notes |= doubt(self._kept(key, lambda: closest(measured, emulator)), len(pull))
     return Pair(emulator.edges_keV, counts, tuple(names), measured is not None, pull, verdict, notes)
 
 @patch
@@ -308,8 +341,10 @@ def draw(self: SpectrumExplorer, values):
     self.table = {"low_keV": p.edges_keV[:-1], "high_keV": p.edges_keV[1:], "counts1": p.counts[0],
                   "counts2": p.counts[1], "pull": p.pull} | ({"attention": p.verdict.attention} if p.verdict else {})
     worst = int(np.argmax(np.abs(p.pull)))
-    numbers = {"counts 1, 2": f"{p.counts[0].sum():,.0f}, {p.counts[1].sum():,.0f}",
-               "χ² / bins": f"{(p.pull**2).sum():,.1f} / {len(p.pull)}",
+    chi2, random = (p.pull**2).sum(), p.measured or values["noise"]
+    apart = {"χ² / bins": f"{chi2:,.1f} / {len(p.pull)}"} if random else {
+        "expectations apart": f"{np.sqrt(chi2):,.1f} standard deviations"}
+    numbers = {"counts 1, 2": f"{p.counts[0].sum():,.0f}, {p.counts[1].sum():,.0f}", **apart,
                "largest pull": f"{p.pull[worst]:+.1f} at {p.edges_keV[worst:worst + 2].mean():.1f} keV"}
     yield self.fig, numbers | (p.verdict.rows() if p.verdict else {}) | p.notes
 
@@ -367,8 +402,12 @@ def _shade_attention(self: SpectrumExplorer, p: Pair) -> None:
 # %% ../nbs/81_apps_deadlayer.ipynb #8d9a9684
 def spectrum_explorer(
     spectra: Spectra | str | os.PathLike | None = None,  # simulated, or where they are; None: a built-in simulation
-    run: str | os.PathLike | None = None,  # run folder of a trained network
+    run: str | os.PathLike | None = None,  # run folder of a trained network, or its `Run`
     measured: Spectra | str | os.PathLike | None = None,  # one spectrum, takes the place of spectrum 1
+    **values,  # first values of controls: fccd1, dlf1, fccd2, dlf2, exposure, noise, seed
 ) -> SpectrumExplorer:
-    "Compare the spectra of two dead layers, and see what a network says of them."
-    return SpectrumExplorer(spectra, run, measured)
+    """Compare the spectra of two dead layers, and see what a network says of them.
+
+    A `ConfigError` is raised for an argument of another type, an unknown control and a value out of its range.
+    """
+    return SpectrumExplorer(spectra, run, measured, **values)

@@ -1,5 +1,6 @@
 """The explorers without a browser: values, figures, errors as a line, and nothing left behind."""
 import csv
+import gc
 import json
 from dataclasses import replace
 from pathlib import Path
@@ -85,6 +86,18 @@ def test_first_values_and_unknown_controls():
     assert line.values == {"rise": 1.0} and not line._quiet
 
 
+@pytest.mark.parametrize(("rise", "words"), [(9.5, "rise: expected a number from -9 to 9, found 9.5"),
+                                             (float("nan"), "from -9 to 9"), ("up", "found 'up'"),
+                                             (None, "found None")])
+def test_values_that_a_control_cannot_have_are_refused(rise, words):
+    line, shown = Line(rise=2), list(Explorer._open)
+    with pytest.raises(ConfigError, match=words):
+        line.set(rise=rise)
+    with pytest.raises(ConfigError, match=words):
+        Line(rise=rise)
+    assert line.values == {"rise": 2.0} and Explorer._open == shown, "the one that was not made is closed"
+
+
 @pytest.mark.parametrize(("rise", "words"), [(3, "expected another rise, found 3 and &lt;more&gt;"),
                                              (4, "ZeroDivisionError: four")])
 def test_an_error_is_a_line_and_the_last_good_figure_stays(rise, words, tmp_path):
@@ -145,6 +158,28 @@ def test_closing_leaves_no_observer():
     rise.value = 6
     assert image.value == before and line not in Explorer._open
     assert rise.comm is None and not rise._trait_notifiers.get("value", {}).get("change")
+
+
+def test_closing_leaves_no_model_behind(tmp_path):
+    def models():
+        return {id(w) for w in gc.get_objects() if isinstance(w, widgets.Widget) and w.comm is not None}
+    before = models()
+    for make in (Line, *(lambda f=f: f(tmp_path) for f in (RunBrowser, Brush, run_browser))):
+        explorer = make()
+        assert len(models()) > len(before) + 20
+        explorer.close()
+        assert models() == before, type(explorer).__name__
+
+
+def test_one_that_was_made_in_part_can_be_closed():
+    class Broken(Line):
+        def make_controls(self):
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        Broken()
+    Explorer.close(Broken.__new__(Broken))
+    assert not Explorer._open
 
 
 def test_a_cell_that_runs_again_closes_its_former_explorers(monkeypatch):
@@ -259,6 +294,18 @@ def test_metrics_of_both_halves_stand_side_by_side(runs):
     assert len(titles) == 2 and "Pairs" in titles[0] and "Energy" in titles[1]
 
 
+def test_metrics_of_another_form_are_left_out_with_the_reason(runs):
+    merit = {k: {"value": 1.0, "error": 0.1} for k in ("rms", "core_sigma", "bias", "median_abs", "tail_fraction")}
+    for name, metrics in (("a", {"energy_eV": {}}), ("stopped", {"energy_eV": {"all": merit}}), ("broken", [1])):
+        (runs / name / "metrics.json").write_text(json.dumps(metrics))
+    b = RunBrowser(runs)
+    b.set(runs=tuple(b.runs))
+    assert b.message.value == ""
+    (title, _, rows), (left, _, odd) = apps.metrics_rows({k: b.runs[k] for k in ("a", "stopped")})
+    assert title == "Energy" and [r[0] for r in rows] == ["stopped"]
+    assert left.startswith("Left out") and odd == [["a", "KeyError: 'all'"]] and left in b.tables.value
+
+
 # --- the brush ---
 
 
@@ -368,7 +415,7 @@ def test_sliders_move_the_spectra(explorer):
     explorer.controls["fccd1"].value = 1.5
     assert explorer.message.value == "" and explorer.image.value != first and explorer.numbers != numbers
     explorer.set(fccd1=0.9, fccd2=0.9, dlf1=0.5, dlf2=0.5)
-    assert explorer.numbers["χ² / bins"].startswith("0.0 /")
+    assert explorer.numbers["expectations apart"] == "0.0 standard deviations"
     table = explorer.columns()
     assert (table["counts1"] == table["counts2"]).all() and not table["pull"].any()
 
@@ -378,6 +425,46 @@ def test_a_thinner_layer_has_more_counts_at_low_energies(explorer):
     table = explorer.columns()
     low = table["high_keV"] <= 40
     assert table["counts1"][low].sum() > 1.2 * table["counts2"][low].sum() and table["pull"][low].mean() > 0
+
+
+def test_expectations_are_apart_by_standard_deviations_and_draws_have_a_chi_square(explorer):
+    explorer.set(noise=False, fccd1=0.8, fccd2=0.9)
+    apart = float(explorer.numbers["expectations apart"].split()[0].replace(",", ""))
+    assert np.isclose(apart, (explorer.columns()["pull"] ** 2).sum() ** 0.5, atol=0.06)
+    assert "χ² / bins" not in explorer.numbers
+    explorer.set(noise=True)
+    assert "expectations apart" not in explorer.numbers and explorer.numbers["χ² / bins"].endswith("/ 890")
+
+
+@pytest.mark.parametrize(("argument", "value", "words"), [
+    ("measured", np.zeros(5), "measured: expected Spectra or a path, found ndarray"), ("spectra", 5, "spectra: .*int"),
+    ("run", 3.0, "run: expected a run folder or a Run, found float"), ("fccd1", 5.0, "fccd1: .* from 0 to 2, found 5"),
+    ("exposure", 100.0, "exposure: .* from 0.001 to 10"), ("seed", -1, "seed: .* from 0 to")])
+def test_arguments_of_another_type_or_range_are_refused(folder, argument, value, words):
+    with pytest.raises(ConfigError, match=words):
+        spectrum_explorer(**{"spectra": folder / "mc.h5", argument: value})
+    assert not Explorer._open
+
+
+def test_a_run_object_is_taken_and_a_run_of_the_other_half_is_said(folder, explorer, tmp_path):
+    e = spectrum_explorer(run=Run(folder / "run"))
+    assert e.message.value == "" and e.values["run"] == str(folder / "run")
+    pretend(tmp_path / "cres", 1, 0.1)
+    explorer.set(run=f" {tmp_path / 'cres'} ")
+    assert "expected a run of the dead-layer half, found a run of the CRES half" in explorer.message.value
+    explorer.set(run=f" {folder / 'run'} ", measured=f"{folder / 'measured.h5'}  ")
+    assert explorer.message.value == "" and "network: thicker layer" in explorer.numbers
+
+
+def test_a_measurement_that_no_dead_layer_describes_puts_the_verdict_in_doubt(folder):
+    one = read_store(folder / "measured.h5")
+    e = spectrum_explorer(folder / "mc.h5", folder / "run", one, fccd2=0.2)
+    assert e.message.value == "" and "note on spectrum 1" not in e.numbers, "another dead layer describes it"
+    counts = np.roll(one.counts, 6, axis=1)
+    shifted = spectrum_explorer(folder / "mc.h5", folder / "run", replace(one, counts=counts))
+    assert "holds for simulated spectra only" in shifted.numbers["note on spectrum 1"]
+    two = spectrum_explorer(folder / "mc.h5", measured=read_store(folder / "two.h5"))
+    assert "expected one measured spectrum, found 2" in two.message.value
 
 
 def test_noise_is_that_of_its_seed(explorer):

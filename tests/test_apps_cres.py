@@ -22,7 +22,7 @@ from deadlayer_cres.cres.model import EncoderConfig, ModelConfig
 from deadlayer_cres.cres.prep import PrepConfig
 from deadlayer_cres.cres.simulate import ReceiverConfig, SimulateConfig, simulate_events
 from deadlayer_cres.cres.train import Config, DataConfig, train
-from deadlayer_cres.train import TrainConfig
+from deadlayer_cres.train import Run, TrainConfig
 
 SHORT = SimulateConfig(receiver=ReceiverConfig(samples=2048))
 
@@ -211,10 +211,12 @@ def test_the_sliders_go_to_the_labels_of_an_event(fresh, events, tmp_path):
     p = Ridge(SHORT, RidgeConfig(step=0.5))(torch.from_numpy(events.ts[2:3]))
     want = apps.estimate(*([float(f(k)) for k in apps.TARGETS] for f in (p.mean, p.sigma)))
     assert fresh.numbers["exact posterior"] == want
+    assert "electron of the sliders, not of the file" not in fresh.numbers
     energy = fresh.values["energy_eV"]
     fresh.controls["energy_eV"].value = energy + 20
     assert fresh.values["energy_eV"] == energy + 20
     assert math.isclose(fresh.panels.close_up.centre[0], energy)
+    assert "electron of the sliders, not of the file" in fresh.numbers
     fresh.controls["event"].value = 9
     assert "expected an event from 0 to 3, found 9" in fresh.message.value
 
@@ -270,6 +272,24 @@ def test_the_egg_file(fresh):
     assert not fresh.message.value and fresh.numbers["record"].startswith("2,048 samples, 10.24 µs")
     fresh.controls["event"].value = 3
     assert not fresh.message.value
+
+
+def test_an_event_without_truth_is_not_that_of_the_sliders(fresh, events, tmp_path):
+    write_store(Events(events.ts, {}), tmp_path / "own.h5")
+    fresh.set(file=f" {tmp_path / 'own.h5'} ")
+    assert not fresh.message.value and "electron of the sliders, not of the file" in fresh.numbers
+    fresh.set(file="")
+    assert "electron of the sliders, not of the file" not in fresh.numbers
+
+
+def test_an_event_that_is_not_finite_is_named(tmp_path):
+    ts = np.zeros((2, 2, 2048), np.float32)
+    ts[1, 0, 7] = np.nan
+    file = apps.EventFile.__new__(apps.EventFile)
+    file.path, file.events = tmp_path / "own.h5", Events(ts, {})
+    file.read(0, 2048)
+    with pytest.raises(DataError, match=r"own.h5: event 1: expected finite I and Q"):
+        file.read(1, 2048)
 
 
 def test_a_bad_file_is_an_error_line(fresh, tmp_path):
@@ -333,6 +353,17 @@ def test_a_network_that_does_not_fit_is_said(fresh, setup, run, tmp_path):
     assert ["another trap" in a.doubt for a in answers] == [False, True]
 
 
+def test_a_run_of_the_other_half_is_said_and_a_run_object_taken(fresh, run, tmp_path):
+    (tmp_path / "dead").mkdir()
+    (tmp_path / "dead" / "config.yaml").write_text("pairs: {}")
+    fresh.set(run=str(tmp_path / "dead"))
+    assert "expected a run of the CRES half, found a run of the dead-layer half" in fresh.message.value
+    assert "limit" in fresh.numbers
+    x = apps.cres_explorer(Run(run), config=SHORT)
+    assert not x.message.value and "network" in x.numbers
+    x.close()
+
+
 # --- the page ---
 
 
@@ -349,6 +380,10 @@ def test_runs_and_files_are_found(run, events, tmp_path):
     assert apps.found_below(tmp_path) == ([], ["events.h5", "a/store"])
     assert apps.found_below(run.parent) == (["run"], [])
     assert apps.found_below(tmp_path, depth=0) == ([], ["events.h5"])
+    (run.parent / "unreadable").mkdir()
+    (run.parent / "unreadable" / "model.safetensors").touch()
+    (run.parent / "unreadable" / "config.yaml").symlink_to("nowhere")
+    assert apps.found_below(run.parent) == (["run"], []), "what cannot be read is left out"
 
 
 def test_closed_it_lets_go_of_its_file(events, tmp_path):
@@ -362,6 +397,17 @@ def test_closed_it_lets_go_of_its_file(events, tmp_path):
 def test_an_unknown_control_is_refused():
     with pytest.raises(ConfigError, match="pitch_angle_deg"):
         apps.cres_explorer(config=SHORT, pitch=89.0)
+
+
+@pytest.mark.parametrize(("wrong", "words"), [
+    ({"energy_eV": 20_000.0}, r"energy_eV: expected a number from [\d.]+ to [\d.]+, found 20000"),
+    ({"samples": 3000}, "samples: .*3000"), ({"run": 5}, "run: expected a run folder"),
+    ({"file": np.zeros(3)}, "file: .*ndarray"), ({"config": {}}, "config: expected a SimulateConfig, found dict")])
+def test_arguments_of_another_type_or_range_are_refused(wrong, words):
+    shown = list(Explorer._open)
+    with pytest.raises(ConfigError, match=words):
+        apps.cres_explorer(**{"config": SHORT} | wrong)
+    assert Explorer._open == shown
 
 
 def test_text_of_estimates():

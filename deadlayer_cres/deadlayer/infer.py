@@ -189,7 +189,8 @@ def doubts(windows: list[dict], p_value: float = 1e-6) -> list[str]:
         return []
     worst = max(bad, key=lambda w: w["chi2"] / w["bins"])
     where = ", ".join(f"{w['low_keV']:g}-{w['high_keV']:g}" for w in bad)
-    return [f"Monte-Carlo at the answer, as it is, and measurement disagree beyond statistics in {len(bad)} of {len(windows)} energy windows "
+    return [f"Monte-Carlo at the answer, as it is, and measurement disagree beyond statistics in {len(bad)} of "
+            f"{len(windows)} energy windows "
             f"({where} keV; p < {p_value:g}); worst {worst['low_keV']:g}-{worst['high_keV']:g} keV with chi2 per bin "
             f"{worst['chi2'] / worst['bins']:.1f}. The intervals are statistical only and do not cover this."]
 

@@ -82,13 +82,13 @@ TABLES = {
                             {"FCCD [mm]": "fccd_in_mm", "ratio": "ratio"})],
     "deadlayer_posterior": [
         Table("Coverage of FCCD and DLF over pseudo-experiments", "*/coverage/*/intervals/*",
-              {"coverage": "coverage", "error": "error", "nominal": "nominal"}),
+              {"coverage": "", "nominal": "nominal"}),
         Table("Half width of the 68 % interval of FCCD over the limit", "*/coverage/limit, *",
               {"width / limit": ("width / limit",), "limit [mm]": "mean_mm"}),
         Table("Bias of FCCD by a change of the measurement, over the quoted error", "*/bias/*",
               {"bias / quoted error": ("bias / quoted error",), "bias [mm]": "bias_mm"}),
         Table("Share of pseudo-experiments that the guard flags", "guard/power/*",
-              {"flagged": "flagged", "in the right window": "window named"})],
+              {"flagged": "", "in the right window": "window named"})],
     "deadlayer_simulate": [
         Table("Counts over those of the published simulation, FCCD 1 mm, DLF 1", "published/1.00 mm, DLF 1.00/*",
               {"ratio": ""}),
@@ -132,7 +132,7 @@ def number(node) -> tuple[float, float, float] | None:
     if isinstance(node, dict):
         if "value" in node:
             value, error = node["value"], node.get("error") or node.get("sigma") or 0.0
-        elif name := next((k for k in ("accuracy", "ratio") if k in node and "error" in node), None):
+        elif name := next((k for k in ("accuracy", "ratio", "coverage", "flagged") if k in node and "error" in node), None):
             value, error = node[name], node["error"]
         elif "median" in node:
             return node["median"], node.get("min", node["median"]), node.get("max", node["median"])

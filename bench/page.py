@@ -19,6 +19,7 @@ from pathlib import Path
 BENCH = Path(__file__).resolve().parent
 PAGE = BENCH.parent / "nbs" / "benchmarks" / "index.qmd"
 CODE = "https://github.com/deadlayer-cres/deadlayer_cres/blob/main/bench"
+NAMED = ("accuracy", "ratio", "coverage", "flagged")  # numbers whose error stands beside them
 MOST_COLUMNS = 8  # of a table that nobody has designed
 
 
@@ -132,7 +133,7 @@ def number(node) -> tuple[float, float, float] | None:
     if isinstance(node, dict):
         if "value" in node:
             value, error = node["value"], node.get("error") or node.get("sigma") or 0.0
-        elif name := next((k for k in ("accuracy", "ratio", "coverage", "flagged") if k in node and "error" in node), None):
+        elif name := next((k for k in NAMED if k in node and "error" in node), None):
             value, error = node[name], node["error"]
         elif "median" in node:
             return node["median"], node.get("min", node["median"]), node.get("max", node["median"])

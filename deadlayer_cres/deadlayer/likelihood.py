@@ -22,7 +22,7 @@ from fastcore.basics import patch
 from iminuit import Minuit
 from matplotlib.figure import Figure
 from numpy.polynomial.chebyshev import chebvander
-from scipy.interpolate import RegularGridInterpolator
+from scipy.interpolate import BSpline, RegularGridInterpolator
 from scipy.special import ndtr, xlogy
 from scipy.stats import chi2 as chi2_law
 from scipy.stats import kstest, nbinom
@@ -46,10 +46,12 @@ def inverse_anscombe(
 SPLINES, PENALTY = 24, 0.3
 "Knots in FCCD and in DLF, and the penalty, of the splines in bins that the polynomial does not describe."
 
+_CUBIC = BSpline.basis_element(np.arange(-2, 3), extrapolate=False)  # of knots at whole numbers, about 0
+
 def _cubic(x: np.ndarray, low: float, high: float) -> np.ndarray:  # (n, SPLINES)
     "Cubic B-splines on an even grid."
-    t = np.abs((x[:, None] - np.linspace(low, high, SPLINES)) * ((SPLINES - 1) / (high - low)))
-    return np.where(t < 1, 2 / 3 - t**2 + t**3 / 2, np.maximum(2 - t, 0) ** 3 / 6)
+    step = (high - low) / (SPLINES - 1)
+    return np.nan_to_num(_CUBIC((x[:, None] - np.linspace(low, high, SPLINES)) / step))
 
 def _quadratic(f: np.ndarray, d: np.ndarray) -> np.ndarray:  # (n, 6)
     "Quadratic polynomial in FCCD and DLF."
